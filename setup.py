@@ -1,0 +1,38 @@
+"Package metadata, all of it from settings.ini."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+parser = ConfigParser()
+parser.read(root / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+licenses = {"apache2": "Apache-2.0"}
+statuses = dict(zip("1234567", ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta",
+                                "5 - Production/Stable", "6 - Mature", "7 - Inactive"]))
+readme = root / "README.md"
+lib = cfg["lib_name"]
+
+setup(
+    name=lib,
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    url=cfg["git_url"] or None,
+    license=licenses[cfg["license"]],
+    keywords=cfg["keywords"],
+    classifiers=[f"Development Status :: {statuses[cfg['status']]}",
+                 f"Intended Audience :: {cfg['audience']}",
+                 f"Natural Language :: {cfg['language']}",
+                 "Programming Language :: Python :: 3"],
+    packages=find_packages(include=[lib, f"{lib}.*"]),
+    package_data={lib: ["tiny_model/**", "assets/**"]},
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    zip_safe=False,
+)
