@@ -6,7 +6,7 @@
 nbdev processes the notebooks (show_doc, hidden cells, links of names in backticks) and smalldocs renders them by
 nbs/_quarto.yml. Pages need no server and no internet: links are relative, KaTeX is a copy, no web fonts.
 """
-import argparse, os, re, shutil, subprocess, sys, tempfile
+import argparse, ast, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,15 +21,26 @@ CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/(?:contrib/)
 def page(nb): return re.sub(r"^\d+[a-zA-Z0-9]*_", "", nb.lower())  # 00_diffusion.ipynb -> diffusion.ipynb, as nbdev links
 
 
+def evaluated(cell):
+    "Is this a cell that show_doc needs run: exported, show_doc itself, or imports and nothing else?"
+    if cell.cell_type != "code" or not cell.source or not (tree := cell.parsed_()): return False
+    if cell.directives_.get("eval:", [""])[0].lower() == "false": return False
+    return bool(cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}
+                or all(isinstance(t, (ast.Import, ast.ImportFrom)) for t in tree)
+                or any(isinstance(t, ast.Expr) and isinstance(t.value, ast.Call)
+                       and getattr(t.value.func, "id", "") == "show_doc" for t in tree))
+
+
 def process(folder):
     "Write what nbdev makes of each notebook for the documentation into `folder`."
-    import nbdev.doclinks
-    from execnb.nbio import read_nb, write_nb
+    import nbdev.doclinks, nbdev.processors
+    from execnb.nbio import mk_cell, read_nb, write_nb
     from nbdev.processors import FilterDefaults
     space = {}
     exec(exported().get("_modidx.py", "d = dict(syms={}, settings={})"), space)
     index = SimpleNamespace(name=PKG, dist=SimpleNamespace(name=PKG), load=lambda: space["d"])
     nbdev.doclinks.entry_points = lambda group: [index]  # of this checkout, installed or not
+    nbdev.processors._do_eval = evaluated
     os.environ["IN_TEST"] = "1"
     sys.path.insert(0, str(ROOT))
     os.chdir(NBS)
@@ -37,8 +48,10 @@ def process(folder):
         nb = read_nb(path)
         for c in nb.cells:
             if c.cell_type == "markdown":
-                c.source = re.sub(r"(\]\()([\w-]+\.ipynb)", lambda m: m[1] + page(m[2]), c.source)
-        FilterDefaults()(nb)
+                c.source = re.sub(r"(\]\(|href=[\"'])([\w-]+\.ipynb)", lambda m: m[1] + page(m[2]), c.source)
+        nb.cells.append(mk_cell("<!-- end -->", "markdown"))  # nbdev looks at the cell after each exported one
+        try: FilterDefaults()(nb)
+        except Exception as e: raise SystemExit(f"{path.name}: {type(e).__name__}: {e}") from e
         for c in nb.cells: localise_cell(c)
         write_nb(nb, folder / page(path.name))
 
@@ -81,7 +94,7 @@ def localise(out):
     shutil.copytree(VENDOR, out / "site_libs/katex")
     for p in out.rglob("*.css"):
         text = p.read_text(encoding="utf-8")
-        new = re.sub(r"@import\s*(?:url\()?[\"']?https?:[^;]*;", "", text)
+        new = re.sub(r"@import\s+(?:url\([^)]*\)|\"[^\"]*\"|'[^']*')[^;]*;", "", text)
         if new != text: p.write_text(new, encoding="utf-8")
     for p in out.rglob("*.html"):
         up = "../" * (len(p.relative_to(out).parts) - 1)
