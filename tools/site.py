@@ -4,7 +4,7 @@
     python tools/site.py [--out DIR]
 
 nbdev processes the notebooks (show_doc, hidden cells, links of names in backticks) and smalldocs renders them by
-nbs/_quarto.yml. Pages need no server and no internet: links are relative, KaTeX is a copy, no web fonts.
+nbs/_quarto.yml. The pages need no internet: links are relative, KaTeX is a copy, no web fonts.
 """
 import argparse, ast, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
