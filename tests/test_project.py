@@ -58,6 +58,12 @@ def test_readme_is_what_index_makes(capsys):
     assert not wrong, "run: python tools/notebooks.py readme\n" + capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [".venv/bin/pip install -e . && .venv/bin/ddpo_train", ".venv/bin/pip install -e '.[dev]' && .venv/bin/pytest"])
+def test_readme_gives_the_two_commands(command):
+    lines = [l.strip() for l in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    assert "python -m venv .venv && " + command in lines  # .ci/run runs the second as it stands there
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_arrows(module):
     assert module in ARROWS, f"{module} has no row in the table of allowed imports"
