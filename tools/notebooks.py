@@ -19,6 +19,7 @@ _ini.read(ROOT / "settings.ini", encoding="utf-8")
 CFG = _ini["DEFAULT"]
 NBS, LIB = ROOT / CFG["nbs_path"], ROOT / CFG["lib_path"]
 PKG = LIB.name
+INDEX = "_modidx.py"  # nbdev's list of names and pages: made for the site, not kept, as each notebook would change it
 MAX_BYTES = 500_000  # of a notebook, outputs included
 
 
@@ -214,7 +215,7 @@ def run(paths, store, also=(), only_stale=False):
     failed, todo = 0, notebooks(paths)
     if store:  # first the modules, as a notebook may show another's; their headers carry the cells' final ids
         for path in todo: write(tidy(read(path)), path)
-        save({k: v for k, v in exported(todo).items() if not (paths and k == "_modidx.py")})
+        save(exported(todo))
     for path in todo:
         if only_stale and not faults(path): continue
         nb, start = tidy(read(path)), time.time()
@@ -259,6 +260,7 @@ def exported(paths=()):
 
 def save(files):
     for f, text in files.items():
+        if f == INDEX: continue
         path = LIB / f
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text: path.write_text(text, encoding="utf-8")
@@ -270,6 +272,7 @@ def export(check):
         for p in notebooks(): write(tidy(read(p)), p)
     fresh, wrong = exported(), 0
     orphans = {p.relative_to(LIB).as_posix() for p in LIB.rglob("*.py")} - set(fresh)
+    fresh.pop(INDEX, None)
     for f in sorted(orphans):
         print(f"{PKG}/{f}: no notebook exports it")
     if not check: save(fresh)

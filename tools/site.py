@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import yaml
 
-from notebooks import CFG, NBS, PKG, ROOT, exported, notebooks
+from notebooks import CFG, INDEX, NBS, PKG, ROOT, exported, notebooks
 
 VENDOR, CSS = ROOT / "tools/vendor/katex", ROOT / "tools/site.css"
 CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/(?:contrib/)?")
@@ -37,7 +37,7 @@ def process(folder):
     from execnb.nbio import mk_cell, read_nb, write_nb
     from nbdev.processors import FilterDefaults
     space = {}
-    exec(exported().get("_modidx.py", "d = dict(syms={}, settings={})"), space)
+    exec(exported().get(INDEX, "d = dict(syms={}, settings={})"), space)
     index = SimpleNamespace(name=PKG, dist=SimpleNamespace(name=PKG), load=lambda: space["d"])
     nbdev.doclinks.entry_points = lambda group: [index]  # of this checkout, installed or not
     nbdev.processors._do_eval = evaluated
