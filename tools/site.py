@@ -80,6 +80,7 @@ def configure(folder):
         for item in items:
             if isinstance(item, str):
                 if (folder / page(item)).exists(): yield page(item)
+            elif "href" in item: yield item
             elif inner := list(pages(item["contents"])): yield {**item, "contents": inner}
     side = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))
     bar = side["website"]["sidebar"]
