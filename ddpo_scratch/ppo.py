@@ -37,11 +37,13 @@ def ppo_loss(log_prob,  # (n,) or (b, T), with gradient: under the policy now
     clipped = advantage.detach() * ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(unclipped, clipped).mean()
 
-# %% ../nbs/07_ppo.ipynb #7549db80
+# %% ../nbs/07_ppo.ipynb #6a119d95
 def approx_kl(log_prob,  # (n,) or (b, T): under the policy now
               old_log_prob,  # same shape: under the policy that drew the samples
               ):  # -> scalar >= 0, no gradient
     "Half the mean squared log-ratio: KL(old || now) to second order in the log-ratio."
+    if log_prob.shape != old_log_prob.shape:
+        raise ValueError(f"approx_kl: log_prob {tuple(log_prob.shape)} and old_log_prob {tuple(old_log_prob.shape)} must have one shape")
     return 0.5 * (log_prob - old_log_prob).detach().pow(2).mean()
 
 # %% ../nbs/07_ppo.ipynb #61d56bdc
@@ -51,11 +53,10 @@ def clip_fraction(ratio,  # any shape
     "Share of ratios that lie outside 1 - clip_range ... 1 + clip_range."
     return ((ratio.detach() - 1).abs() > clip_range).float().mean()
 
-# %% ../nbs/07_ppo.ipynb #fe5ad598
+# %% ../nbs/07_ppo.ipynb #3b528e50
 def default_clip_range(latent_shape,  # shape of one latent, such as (4, 64, 64)
                        ):  # -> float, 1e-4 for 16384 dimensions
     "The literature's 1e-4 belongs to the MEAN over 4*64*64 dimensions; this keeps the same joint log-ratio at any size."
-    n = prod(latent_shape)
-    if len(latent_shape) == 0 or n < 1:
+    if len(latent_shape) == 0 or min(latent_shape) < 1:
         raise ValueError(f"default_clip_range: latent_shape {tuple(latent_shape)} is empty: give the shape of one latent, such as (4, 64, 64)")
-    return 1e-4 * 16384 / n
+    return 1e-4 * 16384 / prod(latent_shape)
