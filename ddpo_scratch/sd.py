@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'LORA_TARGETS', 'load_pipeline', 'StableDiffusion', 'add_lora', 'save_lora', 'load_lora']
 
-# %% ../nbs/01_sd.ipynb #ed0e3320
+# %% ../nbs/01_sd.ipynb #3876d803
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from .diffusion import Conditioning, Denoiser, Schedule
 
-# %% ../nbs/01_sd.ipynb #1ccf27d9
+# %% ../nbs/01_sd.ipynb #6e74cd35
 TINY = Path(__file__).parent/"tiny_model" if "__file__" in globals() else None
 
 def load_pipeline(name="tiny",  # "tiny", a folder in diffusers' format, or an id on the hub
@@ -32,7 +32,7 @@ def load_pipeline(name="tiny",  # "tiny", a folder in diffusers' format, or an i
     for part in (pipe.text_encoder, pipe.unet, pipe.vae): torch.nn.Module.to(part, device, dtype)
     return pipe
 
-# %% ../nbs/01_sd.ipynb #219ac9f4
+# %% ../nbs/01_sd.ipynb #53b1eaf1
 class StableDiffusion(Denoiser):
     "Stable Diffusion 1.x as a `Denoiser`: latents (b, 4, h/8, w/8), or h/4 for the tiny model; pictures in [0, 1]."
     def __init__(self, pipe,  # a diffusers StableDiffusionPipeline
@@ -98,7 +98,7 @@ class StableDiffusion(Denoiser):
             finally: self.unet = trained
         else: raise ValueError("no reference policy: add a LoRA, or call keep_reference() before full fine-tuning starts")
 
-# %% ../nbs/01_sd.ipynb #a37879d5
+# %% ../nbs/01_sd.ipynb #287d0591
 _attention = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS = {"attention": _attention,
                 "all": _attention + ["proj_in", "proj_out", "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]}
@@ -125,16 +125,15 @@ def add_lora(denoiser,  # a StableDiffusion
     for p in params: p.data = p.data.float()
     return params
 
-# %% ../nbs/01_sd.ipynb #e9258b2e
+# %% ../nbs/01_sd.ipynb #3c784e57
 def save_lora(denoiser,  # a StableDiffusion with a LoRA
               folder,  # where pytorch_lora_weights.safetensors goes
               ):
     "Write the LoRA in diffusers' format."
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
     pipe = denoiser.pipe
     if not getattr(pipe.unet, "peft_config", None): raise ValueError("this model has no LoRA to save: call add_lora first")
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    state = get_peft_model_state_dict(pipe.unet)
     type(pipe).save_lora_weights(str(folder), unet_lora_layers={k: v.cpu().contiguous() for k, v in state.items()},
                                  unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict())
 

@@ -1,0 +1,152 @@
+"The training loop: resume, the methods agree where they must, precision, bad input, and a smoke of the main job."
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from ddpo_scratch import train as T
+from ddpo_scratch.evaluate import fixed_seed_images, read_metrics
+from ddpo_scratch.prompts import COMMON_ANIMALS, article
+from ddpo_scratch.rewards import jpeg_size
+from ddpo_scratch.sd import StableDiffusion, load_lora, load_pipeline
+
+
+def small(tmp_path, **fields):
+    return T.TrainConfig(**dict(logdir=str(tmp_path), sample_num_steps=6, sample_batch_size=8, sample_num_batches_per_epoch=1, train_batch_size=4,
+                                sample_guidance_scale=1., num_epochs=2, eval_num_images=0, lora_rank=2, lora_alpha=2) | fields)
+
+
+def numbers(folder): return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in read_metrics(folder)]
+
+
+@pytest.mark.parametrize("fields", [dict(per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2), dict(use_lora=False, train_learning_rate=1e-5),
+                                    dict(sample_guidance_scale=2., train_num_inner_epochs=2)], ids=["tracker", "full", "guided"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, fields):
+    whole = T.setup(small(tmp_path, run_name="whole", num_epochs=3, **fields))
+    for _ in T.train(state=whole): pass
+    for step in T.train(small(tmp_path, run_name="cut", num_epochs=3, **fields)):
+        if step.epoch == 2: break                                                    # left in the middle of epoch 2
+    resumed = T.setup(small(tmp_path, run_name="", num_epochs=3, resume_from=str(tmp_path/"cut"), **fields))
+    for _ in T.train(state=resumed): pass
+    assert numbers(tmp_path/"cut") == numbers(tmp_path/"whole")
+    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params))
+    assert whole.tracker.state_dict() == resumed.tracker.state_dict()
+
+
+def test_resumed_lora_run_goes_on_training(tmp_path):
+    "A peer's optimizer held the parameters of the adapter that resuming had replaced."
+    for _ in T.train(small(tmp_path, run_name="a", num_epochs=1)): pass
+    state = T.setup(small(tmp_path, num_epochs=2, resume_from=str(tmp_path/"a")))
+    T.load_checkpoint(state, T.find_checkpoint(tmp_path/"a"))
+    before = [p.clone() for p in state.params]
+    for _ in T.train(state=state): pass
+    assert state.epoch == 2 and any(not torch.equal(a, b) for a, b in zip(before, state.params))
+
+
+def test_score_function_and_importance_sampling_have_one_gradient_at_the_sampling_policy(tmp_path):
+    state = T.setup(small(tmp_path))
+    samples, grads = T.collect(state), {}
+    index, steps = torch.arange(8), torch.arange(6).expand(8, 6)
+    state.optimizer.step = lambda *a, **k: None                                      # look at gradients, move nothing
+    for method in ("ddpo_is", "ddpo_sf"):
+        state.config = dataclasses.replace(state.config, method=method, train_max_grad_norm=1e9)
+        state.optimizer.zero_grad = lambda *a, **k: None
+        T.update(state, samples, index, steps)
+        grads[method] = torch.cat([p.grad.flatten() for p in state.params])
+        for p in state.params: p.grad = None
+    torch.testing.assert_close(grads["ddpo_is"], grads["ddpo_sf"], atol=1e-6, rtol=1e-4)
+    assert grads["ddpo_sf"].norm() > 1e-4
+
+
+@pytest.mark.parametrize("guidance", [1., 3.])
+def test_ratio_is_one_in_float32_whatever_the_micro_batch(tmp_path, guidance):
+    state = T.setup(small(tmp_path, sample_guidance_scale=guidance, train_micro_batch_size=5))
+    samples = T.collect(state)
+    with torch.no_grad():
+        for i, k in T._flat(state, samples.rollout, torch.arange(8), torch.arange(6).expand(8, 6)):
+            assert (T._log_prob(state, samples.rollout, i, k) - samples.rollout.log_probs[i, k]).abs().max() <= 1e-6
+
+
+def test_first_ratios_under_bf16_autocast_stay_within_a_tenth_of_the_clip_range(tmp_path):
+    config = small(tmp_path, mixed_precision="bf16", num_epochs=1, train_batch_size=8)
+    for step in T.train(config):
+        assert step.ratio_spread <= T.default_clip_range((4, 16, 16))/10
+
+
+def test_score_function_trains(tmp_path):
+    steps = list(T.train(small(tmp_path, method="ddpo_sf", train_batch_size=8)))
+    assert [s.update for s in steps] == [1, 1] and all(s.clip_fraction == 0 for s in steps)
+
+
+def test_checkpoints_are_pruned_and_the_last_epoch_is_saved(tmp_path):
+    for _ in T.train(small(tmp_path, run_name="a", num_epochs=5, save_freq=2, num_checkpoint_limit=2)): pass
+    assert sorted(p.name for p in (tmp_path/"a"/"checkpoints").iterdir()) == ["epoch_0004", "epoch_0005"]
+    assert T.read_config(tmp_path/"a").num_epochs == 5
+
+
+def test_nan_stops_before_the_weights_change_and_keeps_the_last_checkpoint(tmp_path):
+    state = T.setup(small(tmp_path, run_name="a", num_epochs=3))
+    samples_of = T.collect
+    def poisoned(s, progress=iter):
+        samples = samples_of(s, progress)
+        if s.epoch == 1: samples.advantages[:] = float("nan")
+        return samples
+    T.collect = poisoned
+    try:
+        with pytest.raises(FloatingPointError, match="loss is nan at epoch 2, optimizer step 3"):
+            for step in T.train(state=state): pass
+    finally: T.collect = samples_of
+    assert T.find_checkpoint(tmp_path/"a").name == "epoch_0001" and all(p.isfinite().all() for p in state.params)
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    for _ in T.train(small(tmp_path, run_name="a", num_epochs=1)): pass
+    kept = (tmp_path/"a"/"metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="already holds a run"): T.setup(small(tmp_path, run_name="a"))
+    assert (tmp_path/"a"/"metrics.jsonl").read_text() == kept
+    assert T.setup(small(tmp_path)).folder.name == "ddpo_is-jpeg_compressibility-001"
+
+
+@pytest.mark.parametrize("fields,message", [
+    (dict(sample_eta=0.), "sample_eta is 0"), (dict(train_batch_size=3), "8 x 1 = 8.*3 x 1 = 3"), (dict(method="dpo"), "unknown method 'dpo'"),
+    (dict(reward_fn="jpeg_compresibility"), "did you mean jpeg_compressibility"), (dict(prompt_fn="comon_animals"), "did you mean common_animals"),
+    (dict(prompt_fn="/no/such/prompts.txt"), "no file"), (dict(model="./no/such/model"), "model_index.json"), (dict(num_epochs=0), "at least 1"),
+    (dict(method="ddpo_sf"), "1 update an epoch"), (dict(mixed_precision="int8"), "allowed are"), (dict(train_timestep_fraction=0.), "allowed is")])
+def test_bad_configurations_are_named_and_write_nothing(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message): T.setup(small(tmp_path, **fields))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("reward,error,message", [
+    (lambda i, p, m: torch.full((len(i),), float("nan")), ValueError, "finite"),
+    (lambda i, p, m: torch.zeros(len(i), 2), ValueError, "one number a picture"),
+    (lambda i, p, m: 1/0, RuntimeError, "ZeroDivisionError")])
+def test_bad_rewards_stop_before_any_update(tmp_path, reward, error, message):
+    state = T.setup(small(tmp_path), reward_fn=reward)
+    before = [p.clone() for p in state.params]
+    with pytest.raises(error, match=message): next(T.train(state=state))
+    assert all(torch.equal(a, b) for a, b in zip(before, state.params))
+
+
+def test_resume_refuses_what_is_no_checkpoint_or_another_configuration(tmp_path):
+    for _ in T.train(small(tmp_path, run_name="a", num_epochs=1)): pass
+    (tmp_path/"empty").mkdir()
+    for where in (tmp_path/"empty", tmp_path/"missing"):
+        with pytest.raises(ValueError, match="no checkpoint in"): T.find_checkpoint(where)
+    assert T.find_checkpoint("latest", tmp_path) == T.find_checkpoint(tmp_path/"a")
+    with pytest.raises(ValueError, match="train_learning_rate was 0.001, now 0.5"):
+        next(T.train(small(tmp_path, num_epochs=3, train_learning_rate=.5, resume_from=str(tmp_path/"a"))))
+    with pytest.raises(ValueError, match="already finished epoch 1"): next(T.train(small(tmp_path, num_epochs=1, resume_from=str(tmp_path/"a"))))
+
+
+def test_smoke_of_the_main_job(tmp_path):
+    "A few epochs of the defaults lower the JPEG size on held-out seeds; the bound is loose, experiments/main_job.py has the real effect."
+    folder = T.fit(T.TrainConfig(logdir=str(tmp_path), num_epochs=4, eval_num_images=16))
+    report = json.loads((folder/"report.json").read_text())
+    assert {"config.yaml", "metrics.jsonl", "reward_curve.png", "before_after.png", "lora", "checkpoints"} <= {p.name for p in folder.iterdir()}
+    policy = StableDiffusion(load_lora(load_pipeline("tiny"), folder), T.TrainConfig.sample_guidance_scale)
+    base = StableDiffusion(load_pipeline("tiny"), T.TrainConfig.sample_guidance_scale)
+    prompts = [f"{article(a)} {a}" for a in COMMON_ANIMALS]
+    before, after = (jpeg_size(fixed_seed_images(d, prompts, seed=77, batch_size=45)).mean() for d in (base, policy))
+    assert after < .97*before and report["after"]["reward_mean"] > report["before"]["reward_mean"]
