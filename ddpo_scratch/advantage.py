@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['standardize', 'PerPromptStatTracker']
 
-# %% ../nbs/08_advantage.ipynb #c2de47e2
+# %% ../nbs/08_advantage.ipynb #2a4e6dc1
 from collections import deque
-from math import isfinite
 
 import torch
 
@@ -30,11 +29,20 @@ def standardize(rewards,  # (b,) tensor, array or list, integers welcome
     rewards = _as_rewards(rewards, "standardize")
     return ((rewards - rewards.mean()) / (rewards.std(correction=0) + eps)).float()
 
-# %% ../nbs/08_advantage.ipynb #907de014
-class PerPromptStatTracker:
-    "Advantages by prompt (Black et al. 2023, sec. 5.1): each prompt keeps its own last rewards."
+# %% ../nbs/08_advantage.ipynb #6db93737
+def _as_prompts(prompts, n=None):
+    "A list of strings, as many as n where n is given."
+    if isinstance(prompts, str): raise ValueError(f"PerPromptStatTracker: given the string {prompts!r}, needs a list of prompts: write [prompt]")
+    prompts = [str(p) for p in prompts]
+    if n not in (None, len(prompts)): raise ValueError(f"PerPromptStatTracker: {len(prompts)} prompts and {n} rewards: needs one reward a prompt")
+    if not prompts: raise ValueError("PerPromptStatTracker: the list of prompts is empty: give at least one")
+    return prompts
+
+# %% ../nbs/08_advantage.ipynb #81608f08
+class _PromptMemory:
+    "The last rewards of each prompt, and what can be asked of them."
     def __init__(self, buffer_size,  # rewards remembered per prompt
-                 min_count,  # a prompt with fewer remembered than this uses the batch's statistics
+                 min_count,  # a prompt with fewer remembered than this has no statistics of its own
                  ):
         if not 1 <= min_count <= buffer_size:
             raise ValueError(f"PerPromptStatTracker: min_count {min_count} must lie in 1 ... buffer_size {buffer_size}, "
@@ -42,45 +50,34 @@ class PerPromptStatTracker:
         self.buffer_size, self.min_count = int(buffer_size), int(min_count)
         self.stats = {}  # prompt -> deque of its last rewards
 
+    def coverage(self, prompts):  # list of prompts -> float in [0, 1], the share with statistics of their own
+        prompts = _as_prompts(prompts)
+        return sum(len(self.stats.get(p, ())) >= self.min_count for p in prompts) / len(prompts)
+
+    def state_dict(self):  # -> numbers, strings, lists and dicts, as json can write them
+        return dict(buffer_size=self.buffer_size, min_count=self.min_count, stats={p: list(d) for p, d in self.stats.items()})
+
+    def load_state_dict(self, state):  # what state_dict returned, of a tracker with the same numbers
+        saved, here = (state["buffer_size"], state["min_count"]), (self.buffer_size, self.min_count)
+        if saved != here: raise ValueError(f"PerPromptStatTracker: saved with (buffer_size, min_count) = {saved}, this one has {here}: build it as it was saved")
+        self.stats = {p: deque(map(float, r), maxlen=self.buffer_size) for p, r in state["stats"].items()}
+
+# %% ../nbs/08_advantage.ipynb #fd48df11
+class PerPromptStatTracker(_PromptMemory):
+    "Advantages by prompt, from each prompt's last `buffer_size` rewards (Black et al. 2023, sec. 5.1)."
     def update(self, prompts,  # b prompts, repeats welcome
                rewards,  # (b,) tensor, array or list, of ALL processes
                ):  # -> (b,) float32 advantages, in the order given
-        "Remember these rewards, then standardise each by its prompt's memory (the current rewards included)."
+        "Remember these rewards, then standardise each by its prompt's memory, or by the batch below min_count."
         rewards = _as_rewards(rewards, "PerPromptStatTracker.update")
         prompts = _as_prompts(prompts, len(rewards))
         for prompt, reward in zip(prompts, rewards.tolist()):
             self.stats.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
-        batch = rewards.mean(), rewards.std(correction=0)
-        of = {p: self._mean_std(p) or batch for p in set(prompts)}
+        of = {p: self._mean_std(p) or (rewards.mean(), rewards.std(correction=0)) for p in set(prompts)}
         mean, std = (torch.stack([of[p][k] for p in prompts]) for k in (0, 1))
         return ((rewards - mean) / (std + 1e-6)).float()
 
     def _mean_std(self, prompt):
         "Mean and population std of a prompt's memory; None while it holds fewer than min_count."
-        own = torch.tensor(list(self.stats.get(prompt, ())), dtype=torch.float64)
+        own = torch.tensor(list(self.stats[prompt]), dtype=torch.float64)
         return (own.mean(), own.std(correction=0)) if len(own) >= self.min_count else None
-
-    def coverage(self, prompts,  # prompts to ask about
-                 ):  # -> float in [0, 1]
-        "Share of these prompts that have statistics of their own by now."
-        prompts = _as_prompts(prompts)
-        return sum(len(self.stats.get(p, ())) >= self.min_count for p in prompts) / len(prompts)
-
-    def state_dict(self):  # -> dict that json can write
-        "All there is to remember, as plain numbers, strings, lists and dicts."
-        return dict(buffer_size=self.buffer_size, min_count=self.min_count, stats={p: list(d) for p, d in self.stats.items()})
-
-    def load_state_dict(self, state,  # what state_dict returned
-                        ):
-        "Restore a memory; buffer_size and min_count must be those it was made with."
-        saved, here = (state["buffer_size"], state["min_count"]), (self.buffer_size, self.min_count)
-        if saved != here: raise ValueError(f"PerPromptStatTracker: saved with (buffer_size, min_count) = {saved}, this one has {here}: build it as it was saved")
-        self.stats = {p: deque(map(float, r), maxlen=self.buffer_size) for p, r in state["stats"].items()}
-
-def _as_prompts(prompts, n=None):
-    "A list of strings, as many as n where n is given."
-    if isinstance(prompts, str): raise ValueError(f"PerPromptStatTracker: given the string {prompts!r}, needs a list of prompts: write [prompt]")
-    prompts = [str(p) for p in prompts]
-    if len(prompts) == 0 or n not in (None, len(prompts)):
-        raise ValueError(f"PerPromptStatTracker: {len(prompts)} prompts and {n} rewards: needs one reward a prompt")
-    return prompts
