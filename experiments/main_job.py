@@ -1,9 +1,9 @@
 """The main job, three times: DDPO-IS on the embedded model, JPEG compressibility over the 45 common animals.
 
-    python experiments/main_job.py              # seeds 0 1 2; a finished seed is not run again
+    python experiments/main_job.py              # jobs 0 1 2 and up; a finished job is not run again
 
-Each seed trains with the defaults of `ddpo_train`, then base and fine-tuned model draw the 45 animals with 2 held-out seeds each.
-Writes main_job.json (sizes, classifier accuracy, minutes, metrics of every epoch) and main_job.png (the first seed, before and after).
+Jobs 0, 1 and 2 are seeds of the main job; "up" is seed 0 with jpeg_incompressibility, the other way. Each trains with the defaults of `ddpo_train`, then base and fine-tuned model draw the 45 animals with 2 held-out seeds each.
+Writes main_job.json (sizes, classifier accuracy, minutes, metrics of every epoch) and main_job.png and main_job_up.png (ten animals of jobs 0 and up, before and after).
 """
 import dataclasses
 import json
@@ -32,28 +32,29 @@ def measure(pipe, judge):
                         accuracy=sum(a == b for a, b in zip(judge.names(images), NAMES))/len(NAMES))
 
 
-def main(seeds=(0, 1, 2), threads=2):
+def main(jobs=("0", "1", "2", "up"), threads=2):
     torch.set_num_threads(threads)
     judge, path = load_classifier(), HERE.with_suffix(".json")
-    for seed in seeds:
+    for job in jobs:
         log = json.loads(path.read_text()) if path.exists() else dict(command="python experiments/main_job.py", config=None, runs={})
-        if str(seed) in log["runs"]: continue
+        if job in log["runs"]: continue
         with tempfile.TemporaryDirectory() as tmp:
-            config, start = TrainConfig(seed=seed, logdir=tmp), time.perf_counter()
+            config, start = TrainConfig(logdir=tmp, **({"reward_fn": "jpeg_incompressibility"} if job == "up" else {"seed": int(job)})), time.perf_counter()
             folder = fit(config)
             minutes = (time.perf_counter() - start)/60
             before, a = measure(load_pipeline("tiny"), judge)
             after, b = measure(load_lora(load_pipeline("tiny"), folder), judge)
             rows = [{k: round(v, 5) for k, v in r.items()} for r in read_metrics(folder)]
-        if seed == 0:
-            before_after(before[:45][::2][:16], after[:45][::2][:16], PROMPTS[:45][::2][:16]).savefig(HERE.with_suffix(".png"))
+        if job in ("0", "up"):
+            name = "main_job" if job == "0" else "main_job_up"
+            before_after(before[:45][::3][:10], after[:45][::3][:10], PROMPTS[:45][::3][:10], n_cols=10).savefig(HERE.with_name(f"{name}.png"))
         log = json.loads(path.read_text()) if path.exists() else log                      # another process may have finished a seed
-        log["config"] = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("seed", "logdir")}
-        log["runs"][str(seed)] = dict(before=a, after=b, fall=1 - b["kb_mean"]/a["kb_mean"], minutes=round(minutes, 1), threads=threads, rows=rows)
+        log["config"] = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("seed", "logdir", "reward_fn")}
+        log["runs"][job] = dict(before=a, after=b, fall=1 - b["kb_mean"]/a["kb_mean"], minutes=round(minutes, 1), threads=threads, rows=rows)
         log["runs"] = dict(sorted(log["runs"].items()))
         path.write_text(json.dumps(log, indent=1) + "\n")
-        print(f"seed {seed}: {a['kb_mean']:.3f} -> {b['kb_mean']:.3f} kB, accuracy {a['accuracy']:.0%} -> {b['accuracy']:.0%}, {minutes:.1f} min", flush=True)
+        print(f"job {job}: {a['kb_mean']:.3f} -> {b['kb_mean']:.3f} kB, accuracy {a['accuracy']:.0%} -> {b['accuracy']:.0%}, {minutes:.1f} min", flush=True)
 
 
 if __name__ == "__main__":
-    main(tuple(int(s) for s in sys.argv[1].split(",")) if len(sys.argv) > 1 else (0, 1, 2), int(sys.argv[2]) if len(sys.argv) > 2 else 2)
+    main(sys.argv[1].split(",") if len(sys.argv) > 1 else ("0", "1", "2", "up"), int(sys.argv[2]) if len(sys.argv) > 2 else 2)
