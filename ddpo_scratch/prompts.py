@@ -22,8 +22,8 @@ OTHER_ANIMALS = """panda koala penguin owl parrot octopus crab snail elephant gi
     swan scorpion""".split()
 OBJECTS = "apple banana pizza cake cup ball car boat rocket house tree flower umbrella clock guitar book".split()
 
-# %% ../nbs/02_prompts.ipynb #b773d0ad
-_YOU = ("eu", "ewe", "one", "once", "ubi", "uke", "uni", "ura", "use", "usu", "ute", "uto")  # vowels that sound like "you" or "won"
+# %% ../nbs/02_prompts.ipynb #63ee9935
+_YOU = ("eu", "ewe", "one", "once", "ubi", "uke", "uku", "uni", "ura", "use", "usu", "ute", "uto")  # vowels that sound like "you" or "won"
 _NOT_YOU = ("unim", "unin")  # unimportant, uninhabited
 _SILENT_H = ("heir", "honest", "honor", "honour", "hour")
 
@@ -36,7 +36,7 @@ def article(noun,  # one word or several
     if word.startswith(_YOU) and not word.startswith(_NOT_YOU): return "a"
     return "an" if word[0] in "aeiou" else "a"
 
-# %% ../nbs/02_prompts.ipynb #ad0bb6b3
+# %% ../nbs/02_prompts.ipynb #187f9a07
 def _draw(generator, nouns):
     "One noun, uniformly, as a prompt with its article, and as metadata."
     noun = nouns[torch.randint(len(nouns), (1,), generator=generator).item()]
@@ -71,13 +71,13 @@ def imagenet_animals(generator,  # torch.Generator
     "One of ImageNet's 398 animal classes, named as timm ships them."
     return _draw(generator, _imagenet_nouns())
 
-# %% ../nbs/02_prompts.ipynb #325b8775
+# %% ../nbs/02_prompts.ipynb #a19f8b15
 def from_file(path,  # text file, one prompt a line; blank lines are skipped
               ):  # -> prompt function
     "A prompt function over the lines of a text file, each used as it stands."
     path = Path(path).expanduser()
     if not path.is_file(): raise ValueError(f"from_file: no file {str(path)!r}: expected a text file with one prompt a line")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not prompts: raise ValueError(f"from_file: {str(path)!r} holds no prompt: write one a line")
     def draw(generator):
         i = torch.randint(len(prompts), (1,), generator=generator).item()
@@ -85,7 +85,15 @@ def from_file(path,  # text file, one prompt a line; blank lines are skipped
     draw.prompts = prompts
     return draw
 
-# %% ../nbs/02_prompts.ipynb #ee842815
+# %% ../nbs/02_prompts.ipynb #ac7e8774
+def _load(name):
+    "What `package.module:function` names."
+    module, _, attribute = name.partition(":")
+    try: fn = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"get_prompt_fn: cannot load {name!r}: {e}") from e
+    if not callable(fn): raise ValueError(f"get_prompt_fn: {name!r} is a {type(fn).__name__}: needs a function of a generator")
+    return fn
+
 _SOURCES = {"common_animals": common_animals, "other_animals": other_animals,
             "everyday_objects": everyday_objects, "imagenet_animals": imagenet_animals}
 
@@ -95,13 +103,10 @@ def get_prompt_fn(name,  # registry name, path of a text file, "package.module:f
     if callable(name): return name
     if name in _SOURCES: return _SOURCES[name]
     if name.endswith(".txt") or Path(name).expanduser().is_file(): return from_file(name)
-    module, _, attribute = name.partition(":")
-    if attribute:
-        try: return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as e: raise ValueError(f"get_prompt_fn: cannot load {name!r}: {e}") from e
-    close = difflib.get_close_matches(name, _SOURCES, cutoff=0.4)
-    raise ValueError(f"get_prompt_fn: no prompts called {name!r}{', did you mean ' + ' or '.join(close) + '?' if close else ''} "
-                     f"Known: {', '.join(_SOURCES)}; or the path of a .txt file, or package.module:function")
+    if ":" in name: return _load(name)
+    close = [n for n in _SOURCES if name in n] or difflib.get_close_matches(name, _SOURCES)
+    raise ValueError(f"get_prompt_fn: no prompts called {name!r}; {'did you mean ' + ' or '.join(close) + '? ' if close else ''}"
+                     f"known: {', '.join(_SOURCES)}, the path of a .txt file, package.module:function")
 
 # %% ../nbs/02_prompts.ipynb #6d2141d4
 _NOUNS = {"common_animals": lambda: COMMON_ANIMALS, "other_animals": lambda: OTHER_ANIMALS,

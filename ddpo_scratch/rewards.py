@@ -82,28 +82,34 @@ def _colorfulness(images, eps=1e-8):
     centre = (opponent.mean(2).pow(2).sum(1) + eps).sqrt()
     return spread + 0.3 * centre
 
-# %% ../nbs/03_rewards.ipynb #795135bc
+# %% ../nbs/03_rewards.ipynb #aac19e21
+def _load(name):
+    "What `package.module:attribute` names; a class is instantiated."
+    module, _, attribute = name.partition(":")
+    try: reward = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"get_reward: cannot load {name!r}: {e}") from e
+    if not callable(reward): raise ValueError(f"get_reward: {name!r} is a {type(reward).__name__}: needs a function or a Reward")
+    return reward() if isinstance(reward, type) else reward
+
 REWARDS = {"jpeg_compressibility": jpeg_compressibility, "jpeg_incompressibility": jpeg_incompressibility,
            **{n: _Color(n, f) for n, f in dict(redness=_redness, blueness=_blueness, brightness=_brightness, colorfulness=_colorfulness).items()}}
 
-def get_reward(name,  # a key of REWARDS, "package.module:function", or a reward
+def get_reward(name,  # a key of REWARDS, "package.module:attribute", or a reward
                ):  # -> callable that keeps the reward contract
     "The reward of that name."
     if callable(name): return name
     if name in REWARDS: return REWARDS[name]
-    module, _, attribute = name.partition(":")
-    if attribute:
-        try: return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as e: raise ValueError(f"get_reward: cannot load {name!r}: {e}") from e
-    close = difflib.get_close_matches(name, REWARDS, cutoff=0.4)
-    raise ValueError(f"get_reward: no reward called {name!r}{', did you mean ' + ' or '.join(close) + '?' if close else ''} "
-                     f"Known: {', '.join(REWARDS)}; or package.module:function")
+    if ":" in name: return _load(name)
+    close = [n for n in REWARDS if name in n] or difflib.get_close_matches(name, REWARDS)
+    raise ValueError(f"get_reward: no reward called {name!r}; {'did you mean ' + ' or '.join(close) + '? ' if close else ''}"
+                     f"known: {', '.join(REWARDS)}, package.module:attribute")
 
-# %% ../nbs/03_rewards.ipynb #050b874d
+# %% ../nbs/03_rewards.ipynb #33d85d64
 def _check_batch(name, images, prompts, metadata):
     "Refuse a batch that no reward could score."
+    if not torch.is_tensor(images): raise ValueError(f"reward {name!r}: images are a {type(images).__name__}: needs a tensor")
     shape = tuple(images.shape)
-    if images.ndim != 4 or shape[1] != 3 or not images.is_floating_point():
+    if images.ndim != 4 or shape[1] != 3 or images.numel() == 0 or not images.is_floating_point():
         raise ValueError(f"reward {name!r}: images of shape {shape} and {images.dtype}: needs (b, 3, h, w) float in [0, 1]")
     if len(prompts) != shape[0] or len(metadata) != shape[0] or isinstance(prompts, str):
         raise ValueError(f"reward {name!r}: {shape[0]} images, {len(prompts)} prompts and {len(metadata)} metadata: needs as many of each")
@@ -111,7 +117,7 @@ def _check_batch(name, images, prompts, metadata):
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise ValueError(f"reward {name!r}: images lie in {low:.3g} ... {high:.3g}: needs [0, 1] without NaN (from [-1, 1]: x/2 + 0.5)")
 
-# %% ../nbs/03_rewards.ipynb #35996aaf
+# %% ../nbs/03_rewards.ipynb #c0c1cd18
 def compute_rewards(reward,  # a callable that keeps the contract
                     images,  # (b, 3, h, w) float in [0, 1]
                     prompts,  # b strings
@@ -123,12 +129,13 @@ def compute_rewards(reward,  # a callable that keeps the contract
     batch = f"on {len(prompts)} pictures {tuple(images.shape)}, the first for {prompts[0]!r}"
     try: out = reward(images, prompts, metadata)
     except Exception as e: raise RuntimeError(f"reward {name!r} failed {batch}: {type(e).__name__}: {e}") from e
-    rewards, info = out if isinstance(out, tuple) else (out, {})
+    rewards, info = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
     try: rewards = torch.as_tensor(rewards).float()
-    except Exception as e: raise ValueError(f"reward {name!r} returned {type(rewards).__name__} {batch}: needs ({len(prompts)},) numbers") from e
+    except Exception as e: raise ValueError(f"reward {name!r} returned {type(rewards).__name__} {batch}: needs ({len(prompts)},) numbers, or a pair of them and a dict") from e
     if rewards.shape != (len(prompts),):
         raise ValueError(f"reward {name!r} returned shape {tuple(rewards.shape)} {batch}: needs ({len(prompts)},), one number a picture")
     if not rewards.isfinite().all():
         i = (~rewards.isfinite()).nonzero()[0].item()
         raise ValueError(f"reward {name!r} returned {rewards[i].item()} for picture {i} {batch}: rewards must be finite")
+    if not isinstance(info, dict): raise ValueError(f"reward {name!r} returned extras of type {type(info).__name__} {batch}: needs a dict")
     return rewards, info

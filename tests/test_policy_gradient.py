@@ -1,0 +1,44 @@
+"What would bore a reader of 06: closed forms in several shapes, shifts, gradients against finite differences, bad input."
+import pytest
+import torch
+
+from ddpo_scratch.policy_gradient import leave_one_out, reinforce_loss
+
+
+@pytest.mark.parametrize("n", [2, 3, 17, 256])
+def test_leave_one_out_is_reward_minus_the_mean_of_the_others(n):
+    r = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) * 3 + 5
+    want = torch.stack([r[i] - torch.cat([r[:i], r[i + 1:]]).mean() for i in range(n)])
+    torch.testing.assert_close(leave_one_out(r).double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leave_one_out(r).double() * (n - 1) / n, r - r.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_leave_one_out_ignores_an_offset_and_takes_integers_and_lists():
+    torch.testing.assert_close(leave_one_out([1, 2, 6]), leave_one_out(torch.tensor([1001., 1002., 1006.])))
+    assert leave_one_out([1, 2, 6]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [[], [1.0], [[1.0, 2.0]], [1.0, float("nan")], [1.0, float("inf")]])
+def test_leave_one_out_refuses(bad):
+    with pytest.raises(ValueError, match="leave_one_out"): leave_one_out(bad)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 7)])
+def test_gradient_of_the_loss_is_minus_advantage_over_count(shape):
+    log_prob = torch.randn(shape, requires_grad=True)
+    advantage = torch.randn(5, requires_grad=True)
+    reinforce_loss(log_prob, advantage).backward()
+    want = -(advantage if len(shape) == 1 else advantage[:, None].expand(shape)) / log_prob.numel()
+    torch.testing.assert_close(log_prob.grad, want.detach())
+    assert advantage.grad is None  # a constant
+
+
+def test_micro_batches_add_up():
+    log_prob, advantage = torch.randn(6, 4), torch.randn(6)
+    parts = [reinforce_loss(log_prob[i], advantage[i]) * len(i) / 6 for i in torch.arange(6).split(4)]
+    torch.testing.assert_close(sum(parts), reinforce_loss(log_prob, advantage))
+
+
+@pytest.mark.parametrize("log_prob, advantage", [((4,), (3,)), ((4, 1), (1, 4)), ((4, 2), (2,)), ((4, 4), (4, 1)), ((0,), (0,)), ((4,), (4, 4))])
+def test_shapes_that_do_not_fit(log_prob, advantage):
+    with pytest.raises(ValueError, match="do not fit"): reinforce_loss(torch.zeros(log_prob), torch.zeros(advantage))
