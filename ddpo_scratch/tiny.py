@@ -7,7 +7,7 @@ __all__ = ['CONCEPTS', 'HERE', 'PALETTE', 'KINDS', 'SIZES', 'load_sprites', 'dra
            'make_models', 'sd1_scheduler', 'train_vae', 'train_unet', 'Classifier', 'train_classifier',
            'load_classifier', 'save_pipeline', 'build', 'ddpo_tiny']
 
-# %% ../nbs/90_tiny.ipynb #4370a24b
+# %% ../nbs/90_tiny.ipynb #3b020e4c
 import copy
 import json
 import math
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .prompts import COMMON_ANIMALS, OBJECTS, OTHER_ANIMALS, article
 
-# %% ../nbs/90_tiny.ipynb #e0c446f8
+# %% ../nbs/90_tiny.ipynb #58cfca4b
 CONCEPTS = [*COMMON_ANIMALS, *OTHER_ANIMALS, *OBJECTS]
 HERE = Path(__file__).parent if "__file__" in globals() else None
 
@@ -32,7 +32,7 @@ def load_sprites():  # -> (77, 4, 64, 64) float, red, green and blue multiplied 
     s = sheet.view(4, rows, 64, cols, 64).permute(1, 3, 0, 2, 4).reshape(-1, 4, 64, 64)[:len(CONCEPTS)]
     return torch.cat([s[:, :3]*s[:, 3:], s[:, 3:]], 1)
 
-# %% ../nbs/90_tiny.ipynb #16c2640a
+# %% ../nbs/90_tiny.ipynb #1e394093
 PALETTE = dict(red=(.92, .45, .43), orange=(.97, .72, .48), yellow=(.97, .90, .52), green=(.58, .80, .56), blue=(.50, .70, .93),
                purple=(.74, .62, .90), pink=(.98, .78, .85), white=(.97, .97, .97), grey=(.74, .76, .79))
 KINDS = ["plain", "gradient", "striped", "checked", "textured"]
@@ -59,7 +59,7 @@ def caption(scene,  # (4,) of draw_scenes
     where = list(PALETTE)[color] if kind == 0 else KINDS[kind]
     return f"{article(noun)} {noun}" + (f" on {article(where)} {where} background" if u[1] < .55 else "")
 
-# %% ../nbs/90_tiny.ipynb #cd182c07
+# %% ../nbs/90_tiny.ipynb #7987071e
 def _backgrounds(kind, c1, c2, g, n=64):
     "Mixes of two colours (b, 3), by kind (b,): flat, ramp, stripes, checks, smooth noise."
     b, dev = len(kind), c1.device
@@ -100,7 +100,7 @@ def compose(sprites,  # (77, 4, 64, 64) of load_sprites
     s = F.grid_sample(chosen, F.affine_grid(theta, chosen.shape, align_corners=False), align_corners=False)
     return (s[:, :3] + back*(1 - s[:, 3:])).clamp(0, 1), s[:, 3:]
 
-# %% ../nbs/90_tiny.ipynb #7fabcb98
+# %% ../nbs/90_tiny.ipynb #43eae9e0
 _words = "on background and the of in with very beautiful ugly photo picture one two three four five six washing dishes riding bike playing chess".split()
 
 def make_tokenizer(folder,  # where vocab.json and merges.txt go, beside tokenizer.json
@@ -144,7 +144,7 @@ def sd1_scheduler():  # -> diffusers.DDIMScheduler
     from diffusers import DDIMScheduler
     return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
-# %% ../nbs/90_tiny.ipynb #93ebba28
+# %% ../nbs/90_tiny.ipynb #ac888a34
 def train_vae(vae,  # of make_models, trained in place
               steps=1230,  # optimizer steps; the shipped weights had 1230
               device="cpu",  # "cpu" or "cuda"
@@ -178,7 +178,7 @@ def train_vae(vae,  # of make_models, trained in place
 @torch.no_grad()
 def _average(ema, net, decay): torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-# %% ../nbs/90_tiny.ipynb #1afbd3c3
+# %% ../nbs/90_tiny.ipynb #16c51718
 def train_unet(unet, text,  # of make_models, trained in place
                vae, tokenizer,  # finished
                steps=10_000,  # optimizer steps
@@ -213,7 +213,7 @@ def train_unet(unet, text,  # of make_models, trained in place
         if checkpoint and step % 1000 == 999: _keep(checkpoint, net, ema, opt, step + 1)
     return tuple(ema)
 
-# %% ../nbs/90_tiny.ipynb #433a1f16
+# %% ../nbs/90_tiny.ipynb #4787ee23
 @torch.no_grad()
 def _encoded(vae, tokenizer, sprites, n, g):
     latents, ids = [], []
@@ -235,7 +235,7 @@ def _restore(path, net, ema, opt):
     for part, name in ((net, "net"), (ema, "ema"), (opt, "opt")): part.load_state_dict(saved[name])
     return saved["step"]
 
-# %% ../nbs/90_tiny.ipynb #eef15dee
+# %% ../nbs/90_tiny.ipynb #b617ce38
 class Classifier(torch.nn.Module):
     "Names one of the 77 concepts; 0.3 M parameters."
     def __init__(self):
@@ -276,7 +276,7 @@ def load_classifier():  # -> Classifier in eval mode
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(HERE/"assets"/"classifier.safetensors").items()})
     return net.eval()
 
-# %% ../nbs/90_tiny.ipynb #f471ffc2
+# %% ../nbs/90_tiny.ipynb #4c4774ac
 def save_pipeline(folder,  # diffusers' format
                   vae, unet, text,  # trained
                   tokenizer,  # of make_tokenizer
@@ -289,11 +289,17 @@ def save_pipeline(folder,  # diffusers' format
     pipe.save_pretrained(folder)
     config = Path(folder)/"text_encoder"/"config.json"
     config.write_text(json.dumps({k: "float32" if k in ("dtype", "torch_dtype") else v for k, v in json.loads(config.read_text()).items()}, indent=2) + "\n")
+    _old_names(Path(folder)/"text_encoder"/"model.safetensors")
     backend = json.loads((Path(folder)/"tokenizer"/"tokenizer.json").read_text())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in backend["merges"]]
     (Path(folder)/"tokenizer"/"vocab.json").write_text(json.dumps(backend["vocab"], ensure_ascii=False))
     (Path(folder)/"tokenizer"/"merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     return pipe
+
+def _old_names(path):
+    "Names with the prefix text_model., as in Stable Diffusion's own files: transformers 4 knows only these, 5 reads them too."
+    from safetensors.torch import load_file, save_file
+    save_file({k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
 
 def build(folder,  # where the model goes, in diffusers' format
           device="cpu",  # "cpu" or "cuda"
