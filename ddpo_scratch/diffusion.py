@@ -64,14 +64,14 @@ def _abar_at(schedule, t, like):
         raise ValueError(f"t has {len(t)} entries for a batch of {len(like)}: give one timestep, or one per sample")
     return _table(schedule, like.device)[t + 1].expand(len(like)).reshape(-1, *[1] * (like.dim() - 1))
 
-# %% ../nbs/00_diffusion.ipynb #e10494a2
+# %% ../nbs/00_diffusion.ipynb #82e79687
 def _as_ddim(config):
     "The DDIMScheduler that diffusers builds from this scheduler or config: the one place where betas are read"
     from diffusers import DDIMScheduler
+    name = type(config).__name__
     config = {k: v for k, v in dict(getattr(config, "config", config)).items() if k != "_use_default_values"}
-    name = config.get("_class_name") or ""
-    if name.startswith(("FlowMatch", "EDM", "CM", "Karras", "ScoreSde")):
-        raise ValueError(f"{name} has no cumulative alphas: use a model whose scheduler has betas, such as DDIM, DDPM or PNDM")
+    if not {"beta_start", "beta_schedule", "trained_betas"} & set(config):
+        raise ValueError(f"{config.get('_class_name', name)} has no betas: use a model whose scheduler has, such as DDIM, DDPM or PNDM")
     if config.get("clip_sample") or config.get("thresholding"):
         warnings.warn("this scheduler clips its predicted x0; Schedule does not, and samples will differ where it would have")
     return DDIMScheduler.from_config(config)
