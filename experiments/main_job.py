@@ -1,9 +1,9 @@
 """The main job, three times: DDPO-IS on the embedded model, JPEG compressibility over the 45 common animals.
 
-    python experiments/main_job.py              # jobs 0 1 2 and up; a finished job is not run again
+    python experiments/main_job.py              # jobs 0 1 2, up and collapse; a finished job is not run again
 
-Jobs 0, 1 and 2 are seeds of the main job; "up" is seed 0 with jpeg_incompressibility, the other way. Each trains with the defaults of `ddpo_train`, then base and fine-tuned model draw the 45 animals with 2 held-out seeds each.
-Writes main_job.json (sizes, classifier accuracy, minutes, metrics of every epoch) and main_job.png and main_job_up.png (ten animals of jobs 0 and up, before and after).
+Jobs 0, 1 and 2 are seeds of the main job; "up" is seed 0 with jpeg_incompressibility, the other way; "collapse" is preset tiny_collapse. Each trains with the defaults of `ddpo_train`, then base and fine-tuned model draw the 45 animals with 2 held-out seeds each.
+Writes main_job.json (sizes, classifier accuracy, minutes, metrics of every epoch) and main_job.png, main_job_up.png, main_job_collapse.png (ten animals before and after).
 """
 import dataclasses
 import json
@@ -19,9 +19,11 @@ from ddpo_scratch.prompts import COMMON_ANIMALS, article
 from ddpo_scratch.rewards import jpeg_size
 from ddpo_scratch.sd import StableDiffusion, load_lora, load_pipeline
 from ddpo_scratch.tiny import load_classifier
-from ddpo_scratch.train import TrainConfig, fit
+from ddpo_scratch.train import TrainConfig, fit, preset
 
 HERE = Path(__file__).with_suffix("")
+JOBS = {"0": preset("tiny"), "1": preset("tiny", seed=1), "2": preset("tiny", seed=2),
+        "up": preset("tiny", reward_fn="jpeg_incompressibility"), "collapse": preset("tiny_collapse")}
 PROMPTS, NAMES = [f"{article(a)} {a}" for a in COMMON_ANIMALS]*2, COMMON_ANIMALS*2
 
 
@@ -32,29 +34,29 @@ def measure(pipe, judge):
                         accuracy=sum(a == b for a, b in zip(judge.names(images), NAMES))/len(NAMES))
 
 
-def main(jobs=("0", "1", "2", "up"), threads=2):
+def main(jobs=JOBS, threads=2):
     torch.set_num_threads(threads)
     judge, path = load_classifier(), HERE.with_suffix(".json")
     for job in jobs:
-        log = json.loads(path.read_text()) if path.exists() else dict(command="python experiments/main_job.py", config=None, runs={})
+        log = json.loads(path.read_text()) if path.exists() else dict(command="python experiments/main_job.py", runs={})
         if job in log["runs"]: continue
         with tempfile.TemporaryDirectory() as tmp:
-            config, start = TrainConfig(logdir=tmp, **({"reward_fn": "jpeg_incompressibility"} if job == "up" else {"seed": int(job)})), time.perf_counter()
+            config, start = dataclasses.replace(JOBS[job], logdir=tmp), time.perf_counter()
             folder = fit(config)
             minutes = (time.perf_counter() - start)/60
             before, a = measure(load_pipeline("tiny"), judge)
             after, b = measure(load_lora(load_pipeline("tiny"), folder), judge)
             rows = [{k: round(v, 5) for k, v in r.items()} for r in read_metrics(folder)]
-        if job in ("0", "up"):
-            name = "main_job" if job == "0" else "main_job_up"
+        if job not in ("1", "2"):
+            name = "main_job" if job == "0" else f"main_job_{job}"
             before_after(before[:45][::3][:10], after[:45][::3][:10], PROMPTS[:45][::3][:10], n_cols=10).savefig(HERE.with_name(f"{name}.png"))
         log = json.loads(path.read_text()) if path.exists() else log                      # another process may have finished a seed
-        log["config"] = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("seed", "logdir", "reward_fn")}
-        log["runs"][job] = dict(before=a, after=b, fall=1 - b["kb_mean"]/a["kb_mean"], minutes=round(minutes, 1), threads=threads, rows=rows)
+        changed = {k: v for k, v in dataclasses.asdict(JOBS[job]).items() if v != getattr(TrainConfig, k)}
+        log["runs"][job] = dict(config=changed, before=a, after=b, fall=1 - b["kb_mean"]/a["kb_mean"], minutes=round(minutes, 1), threads=threads, rows=rows)
         log["runs"] = dict(sorted(log["runs"].items()))
         path.write_text(json.dumps(log, indent=1) + "\n")
         print(f"job {job}: {a['kb_mean']:.3f} -> {b['kb_mean']:.3f} kB, accuracy {a['accuracy']:.0%} -> {b['accuracy']:.0%}, {minutes:.1f} min", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(",") if len(sys.argv) > 1 else ("0", "1", "2", "up"), int(sys.argv[2]) if len(sys.argv) > 2 else 2)
+    main(sys.argv[1].split(",") if len(sys.argv) > 1 else JOBS, int(sys.argv[2]) if len(sys.argv) > 2 else 2)
