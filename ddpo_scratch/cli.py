@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['field_help', 'train_parser', 'parse_train', 'ddpo_train', 'ddpo_sample']
 
-# %% ../nbs/14_cli.ipynb #1cc0cb8d
+# %% ../nbs/14_cli.ipynb #24d2e976
 import argparse
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .train import PRESETS, TrainConfig, check_config, find_checkpoint, fit, preset, read_config
 
-# %% ../nbs/14_cli.ipynb #938e2c33
+# %% ../nbs/14_cli.ipynb #90124a1b
 def field_help(config_class,  # a dataclass with a comment beside each field
                ):  # -> dict from field name to its comment
     "The comment beside each field of a dataclass."
@@ -23,7 +23,7 @@ def field_help(config_class,  # a dataclass with a comment beside each field
     found = (re.match(r"\s+(\w+): [^#]+?#\s*(.+)", line) for line in lines)
     return {m[1]: m[2] for m in found if m}
 
-# %% ../nbs/14_cli.ipynb #193858a0
+# %% ../nbs/14_cli.ipynb #e7cd3166
 def _flag(text):
     values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in values: raise argparse.ArgumentTypeError(f"expected true or false, given {text!r}")
@@ -48,7 +48,7 @@ def parse_train(args=None,  # command line words; None reads the process's
         return check_config(read_config(folder, **given | dict(resume_from=str(folder))))
     return check_config(preset(name, **given))
 
-# %% ../nbs/14_cli.ipynb #7058155a
+# %% ../nbs/14_cli.ipynb #6c3196ca
 def _quiet_libraries():
     import diffusers, transformers
     for library in (diffusers, transformers):
@@ -84,7 +84,7 @@ def _effect(folder):
 
 def ddpo_train(args=None): return _command(_train, args)
 
-# %% ../nbs/14_cli.ipynb #711a269b
+# %% ../nbs/14_cli.ipynb #767e6046
 def _sample(args):
     from ddpo_scratch import sd
     from ddpo_scratch.evaluate import fixed_seed_images
