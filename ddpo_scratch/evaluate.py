@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fixed_seed_images', 'plot_grid', 'before_after', 'summarize', 'read_metrics', 'reward_curve']
 
-# %% ../nbs/12_evaluate.ipynb #9475437f
+# %% ../nbs/12_evaluate.ipynb #dbf531e4
 import json
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 from .rollout import generator_for, sample
 
-# %% ../nbs/12_evaluate.ipynb #c7d05237
+# %% ../nbs/12_evaluate.ipynb #cc7e4768
 @torch.no_grad()
 def fixed_seed_images(denoiser,  # a Denoiser
                       prompts,  # n prompts
@@ -30,7 +30,7 @@ def fixed_seed_images(denoiser,  # a Denoiser
         images.append(denoiser.decode(sample(denoiser, denoiser.encode(part), n_steps, eta, gens).x0).cpu())
     return torch.cat(images)
 
-# %% ../nbs/12_evaluate.ipynb #a48ae961
+# %% ../nbs/12_evaluate.ipynb #b59cf52c
 def plot_grid(images,  # (n, 3, h, w) in [0, 1]
               titles=None,  # n strings
               n_cols=8,  # pictures a row
@@ -49,7 +49,7 @@ def plot_grid(images,  # (n, 3, h, w) in [0, 1]
     for ax, label in zip(axs[:, 0], row_labels or []): ax.set_ylabel(label, fontsize=8)
     return fig
 
-# %% ../nbs/12_evaluate.ipynb #c04c47c9
+# %% ../nbs/12_evaluate.ipynb #bc8e6e15
 def before_after(before,  # (n, 3, h, w) pictures in [0, 1]
                  after,  # (n, 3, h, w) of the same prompts and seeds
                  titles=None,  # n prompts
@@ -65,7 +65,7 @@ def before_after(before,  # (n, 3, h, w) pictures in [0, 1]
         labels += ["before", "after"]
     return plot_grid(torch.cat(rows), names if titles else None, n_cols, row_labels=labels)
 
-# %% ../nbs/12_evaluate.ipynb #972b175a
+# %% ../nbs/12_evaluate.ipynb #47327831
 def summarize(images,  # (n, 3, h, w) in [0, 1]
               rewards,  # (n,)
               classify=None,  # images -> list of n names
@@ -78,7 +78,7 @@ def summarize(images,  # (n, 3, h, w) in [0, 1]
     if classify: out["accuracy"] = sum(a == b for a, b in zip(classify(images), names, strict=True))/len(names)
     return out
 
-# %% ../nbs/12_evaluate.ipynb #c33b152a
+# %% ../nbs/12_evaluate.ipynb #5ae53b2d
 def read_metrics(run,  # a run's folder
                  ):  # -> list of dicts, one an epoch
     "The rows of metrics.jsonl."

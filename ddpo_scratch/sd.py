@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'LORA_TARGETS', 'load_pipeline', 'StableDiffusion', 'add_lora', 'save_lora', 'load_lora']
 
-# %% ../nbs/01_sd.ipynb #8f179656
+# %% ../nbs/01_sd.ipynb #4b5b8a2f
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from .diffusion import Conditioning, Denoiser, Schedule
 
-# %% ../nbs/01_sd.ipynb #df8b222d
+# %% ../nbs/01_sd.ipynb #0d71035a
 TINY = Path(__file__).parent/"tiny_model" if "__file__" in globals() else None
 
 def load_pipeline(name="tiny",  # "tiny", a folder in diffusers' format, or an id on the hub
@@ -32,7 +32,7 @@ def load_pipeline(name="tiny",  # "tiny", a folder in diffusers' format, or an i
     for part in (pipe.text_encoder, pipe.unet, pipe.vae): torch.nn.Module.to(part, device, dtype)
     return pipe
 
-# %% ../nbs/01_sd.ipynb #ead7fcb6
+# %% ../nbs/01_sd.ipynb #d36e21c0
 class StableDiffusion(Denoiser):
     "Stable Diffusion 1.x as a `Denoiser`: latents (b, 4, h/8, w/8), or h/4 for the tiny model; pictures in [0, 1]."
     def __init__(self, pipe,  # a diffusers StableDiffusionPipeline
@@ -98,7 +98,7 @@ class StableDiffusion(Denoiser):
             finally: self.unet = trained
         else: raise ValueError("no reference policy: add a LoRA, or call keep_reference() before full fine-tuning starts")
 
-# %% ../nbs/01_sd.ipynb #bff6257d
+# %% ../nbs/01_sd.ipynb #c0f85158
 _attention = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS = {"attention": _attention,
                 "all": _attention + ["proj_in", "proj_out", "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]}
@@ -125,7 +125,7 @@ def add_lora(denoiser,  # a StableDiffusion
     for p in params: p.data = p.data.float()
     return params
 
-# %% ../nbs/01_sd.ipynb #22d70a53
+# %% ../nbs/01_sd.ipynb #9ada6b7a
 def save_lora(denoiser,  # a StableDiffusion with a LoRA
               folder,  # where pytorch_lora_weights.safetensors goes
               ):

@@ -7,7 +7,7 @@ __all__ = ['CONCEPTS', 'HERE', 'PALETTE', 'KINDS', 'SIZES', 'load_sprites', 'dra
            'make_models', 'sd1_scheduler', 'train_vae', 'train_unet', 'Classifier', 'train_classifier',
            'load_classifier', 'save_pipeline', 'build', 'ddpo_tiny']
 
-# %% ../nbs/90_tiny.ipynb #945473db
+# %% ../nbs/90_tiny.ipynb #05d5d4c8
 import copy
 import json
 import math
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .prompts import COMMON_ANIMALS, OBJECTS, OTHER_ANIMALS, article
 
-# %% ../nbs/90_tiny.ipynb #94bfb535
+# %% ../nbs/90_tiny.ipynb #6b8384ef
 CONCEPTS = [*COMMON_ANIMALS, *OTHER_ANIMALS, *OBJECTS]
 HERE = Path(__file__).parent if "__file__" in globals() else None
 
@@ -32,7 +32,7 @@ def load_sprites():  # -> (77, 4, 64, 64) float, red, green and blue multiplied 
     s = sheet.view(4, rows, 64, cols, 64).permute(1, 3, 0, 2, 4).reshape(-1, 4, 64, 64)[:len(CONCEPTS)]
     return torch.cat([s[:, :3]*s[:, 3:], s[:, 3:]], 1)
 
-# %% ../nbs/90_tiny.ipynb #49b69ed9
+# %% ../nbs/90_tiny.ipynb #20cb4463
 PALETTE = dict(red=(.92, .45, .43), orange=(.97, .72, .48), yellow=(.97, .90, .52), green=(.58, .80, .56), blue=(.50, .70, .93),
                purple=(.74, .62, .90), pink=(.98, .78, .85), white=(.97, .97, .97), grey=(.74, .76, .79))
 KINDS = ["plain", "gradient", "striped", "checked", "textured"]
@@ -59,7 +59,7 @@ def caption(scene,  # (4,) of draw_scenes
     where = list(PALETTE)[color] if kind == 0 else KINDS[kind]
     return f"{article(noun)} {noun}" + (f" on {article(where)} {where} background" if u[1] < .55 else "")
 
-# %% ../nbs/90_tiny.ipynb #4f22b566
+# %% ../nbs/90_tiny.ipynb #546963db
 def _backgrounds(kind, c1, c2, g, n=64):
     "Mixes of two colours (b, 3), by kind (b,): flat, ramp, stripes, checks, smooth noise."
     b, dev = len(kind), c1.device
@@ -100,7 +100,7 @@ def compose(sprites,  # (77, 4, 64, 64) of load_sprites
     s = F.grid_sample(chosen, F.affine_grid(theta, chosen.shape, align_corners=False), align_corners=False)
     return (s[:, :3] + back*(1 - s[:, 3:])).clamp(0, 1), s[:, 3:]
 
-# %% ../nbs/90_tiny.ipynb #47637957
+# %% ../nbs/90_tiny.ipynb #839285ff
 _words = "on background and the of in with very beautiful ugly photo picture one two three four five six washing dishes riding bike playing chess".split()
 
 def make_tokenizer(folder,  # where vocab.json and merges.txt go, beside tokenizer.json
@@ -144,7 +144,7 @@ def sd1_scheduler():  # -> diffusers.DDIMScheduler
     from diffusers import DDIMScheduler
     return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
-# %% ../nbs/90_tiny.ipynb #201738cd
+# %% ../nbs/90_tiny.ipynb #178e582d
 def train_vae(vae,  # of make_models, trained in place
               steps=1230,  # optimizer steps; the shipped weights had 1230
               device="cpu",  # "cpu" or "cuda"
@@ -178,7 +178,7 @@ def train_vae(vae,  # of make_models, trained in place
 @torch.no_grad()
 def _average(ema, net, decay): torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-# %% ../nbs/90_tiny.ipynb #5841d6b8
+# %% ../nbs/90_tiny.ipynb #c7f4ff02
 def train_unet(unet, text,  # of make_models, trained in place
                vae, tokenizer,  # finished
                steps=10_000,  # optimizer steps
@@ -213,7 +213,7 @@ def train_unet(unet, text,  # of make_models, trained in place
         if checkpoint and step % 1000 == 999: _keep(checkpoint, net, ema, opt, step + 1)
     return tuple(ema)
 
-# %% ../nbs/90_tiny.ipynb #a52c3a2e
+# %% ../nbs/90_tiny.ipynb #69976972
 @torch.no_grad()
 def _encoded(vae, tokenizer, sprites, n, g):
     latents, ids = [], []
@@ -235,7 +235,7 @@ def _restore(path, net, ema, opt):
     for part, name in ((net, "net"), (ema, "ema"), (opt, "opt")): part.load_state_dict(saved[name])
     return saved["step"]
 
-# %% ../nbs/90_tiny.ipynb #31df6202
+# %% ../nbs/90_tiny.ipynb #2f4c72ca
 class Classifier(torch.nn.Module):
     "Names one of the 77 concepts; 0.3 M parameters."
     def __init__(self):
@@ -276,7 +276,7 @@ def load_classifier():  # -> Classifier in eval mode
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(HERE/"assets"/"classifier.safetensors").items()})
     return net.eval()
 
-# %% ../nbs/90_tiny.ipynb #6a71d591
+# %% ../nbs/90_tiny.ipynb #d837aab3
 def save_pipeline(folder,  # diffusers' format
                   vae, unet, text,  # trained
                   tokenizer,  # of make_tokenizer

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'TrainConfig', 'check_config', 'preset', 'TrainState', 'St
            'collect', 'update', 'minibatches', 'save_checkpoint', 'find_checkpoint', 'read_config', 'load_checkpoint',
            'train', 'fit']
 
-# %% ../nbs/11_train.ipynb #3fdb5c44
+# %% ../nbs/11_train.ipynb #49256c20
 import dataclasses
 import json
 import math
@@ -28,7 +28,7 @@ from .prompts import get_prompt_fn
 from .rewards import compute_rewards, get_reward
 from .rollout import Rollout, generator_for, sample, step_log_prob, trainable_steps
 
-# %% ../nbs/11_train.ipynb #0370e9d9
+# %% ../nbs/11_train.ipynb #846be8bb
 @dataclass(frozen=True)
 class TrainConfig:
     "What a run does; its defaults fine-tune the embedded model for JPEG compressibility on two CPU cores."
@@ -81,7 +81,7 @@ class TrainConfig:
     @property
     def steps_per_sample(self): return max(1, math.ceil(self.train_timestep_fraction*self.sample_num_steps - 1e-9))
 
-# %% ../nbs/11_train.ipynb #f05bc41c
+# %% ../nbs/11_train.ipynb #9131da5c
 def check_config(config,  # a TrainConfig
                  ):  # -> the config, or ValueError
     "Every mistake that can be seen without a model, each named with what was given and what is allowed."
@@ -102,7 +102,7 @@ def check_config(config,  # a TrainConfig
     if bad: raise ValueError("; ".join(bad))
     return config
 
-# %% ../nbs/11_train.ipynb #401bf973
+# %% ../nbs/11_train.ipynb #e0a69a55
 _black = dict(per_prompt_stat_tracking_min_count=16, model="CompVis/stable-diffusion-v1-4", prompt_fn="imagenet_animals", lora_rank=4, lora_alpha=4, lora_targets="attention", seed=42, num_epochs=100,
               sample_num_steps=50, sample_guidance_scale=5.0, sample_batch_size=8, sample_num_batches_per_epoch=32, train_batch_size=4,
               train_gradient_accumulation_steps=16, train_micro_batch_size=4, train_timestep_fraction=1.0, train_learning_rate=3e-4, train_clip_range=1e-4,
@@ -120,7 +120,7 @@ def preset(name,  # a key of PRESETS
     if name not in PRESETS: raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     return TrainConfig(**PRESETS[name] | fields)
 
-# %% ../nbs/11_train.ipynb #a7405601
+# %% ../nbs/11_train.ipynb #4e67928a
 @dataclass
 class TrainState:
     "A run in progress."
@@ -151,7 +151,7 @@ class Step:
     grad_norm: float  # before clipping
     metrics: dict = field(default_factory=dict)  # of the epoch, on its last step: as in metrics.jsonl
 
-# %% ../nbs/11_train.ipynb #d4a23f40
+# %% ../nbs/11_train.ipynb #d5600f92
 def _free_folder(config):
     if config.run_name:
         folder = Path(config.logdir)/config.run_name
@@ -189,7 +189,7 @@ def setup(config,  # a TrainConfig
     return TrainState(config, folder, accelerator, denoiser, params, optimizer, reward_fn, prompt_fn, tracker,
                       config.train_clip_range or default_clip_range(denoiser.latent_shape))
 
-# %% ../nbs/11_train.ipynb #6d9649c7
+# %% ../nbs/11_train.ipynb #f98472f9
 @dataclass
 class Samples:
     "An epoch's samples on this process."
@@ -229,7 +229,7 @@ def collect(state,  # a TrainState
     state.reward_queries += len(all_rewards)
     return Samples(Rollout.cat(rollouts), torch.cat(images), sum(map(list, prompts), []), all_rewards[mine], advantages.to(acc.device), all_rewards)
 
-# %% ../nbs/11_train.ipynb #2af08138
+# %% ../nbs/11_train.ipynb #72262c78
 def _flat(state, rollout, index, steps):
     "Transitions (sample, step) of a minibatch, in micro-batches."
     i, k = index[:, None].expand_as(steps).reshape(-1), steps.reshape(-1)
@@ -268,7 +268,7 @@ def update(state,  # a TrainState
     state.global_step += 1
     return dict(loss=loss, approx_kl=kl, clip_fraction=clipped, ratio_spread=float(spread), grad_norm=grad_norm)
 
-# %% ../nbs/11_train.ipynb #1c4b65de
+# %% ../nbs/11_train.ipynb #3ee3f287
 def minibatches(state,  # a TrainState
                 inner_epoch,  # which pass over the samples
                 ):  # -> list of (index (b,), steps (b, s)), one an optimizer step
@@ -280,7 +280,7 @@ def minibatches(state,  # a TrainState
     steps = usable[torch.rand(n, len(usable), generator=g).argsort(1)[:, :s]]
     return [(i, steps[i]) for i in torch.randperm(n, generator=g).split(cfg.samples_per_update)]
 
-# %% ../nbs/11_train.ipynb #28dc2c96
+# %% ../nbs/11_train.ipynb #a8e5187c
 def save_checkpoint(state,  # a TrainState
                     ):  # -> the checkpoint's folder
     "Write checkpoints/epoch_NNNN whole or not at all, and prune the oldest."
@@ -305,7 +305,7 @@ def save_checkpoint(state,  # a TrainState
 def _write_config(config, folder):
     (Path(folder)/"config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
-# %% ../nbs/11_train.ipynb #ab16d41e
+# %% ../nbs/11_train.ipynb #ed56d387
 _may_differ = {"num_epochs", "resume_from", "save_freq", "num_checkpoint_limit", "logdir", "run_name", "eval_num_images", "train_micro_batch_size"}
 
 def find_checkpoint(where,  # a run's folder, a checkpoint in it, or "latest"
@@ -346,7 +346,7 @@ def load_checkpoint(state,  # a fresh TrainState
     state.epoch, state.global_step, state.reward_queries = saved["epoch"], saved["global_step"], saved["reward_queries"]
     state.folder = Path(folder).parent.parent
 
-# %% ../nbs/11_train.ipynb #cdc3c150
+# %% ../nbs/11_train.ipynb #6ba32cd4
 def train(config=None,  # a TrainConfig; None is the main job
           state=None,  # a TrainState of `setup`, in place of the config
           progress=iter,  # wraps the sampling batches of each epoch
@@ -373,7 +373,7 @@ def train(config=None,  # a TrainConfig; None is the main job
         if state.epoch % cfg.save_freq == 0 or state.epoch == cfg.num_epochs: save_checkpoint(state)
         yield step
 
-# %% ../nbs/11_train.ipynb #b04145c4
+# %% ../nbs/11_train.ipynb #3d83f1f1
 def _open_run(state):
     if not state.accelerator.is_main_process: return
     state.folder.mkdir(parents=True, exist_ok=True)
@@ -399,7 +399,7 @@ def _recompute_log_probs(state, samples, todo):
     for index, steps in todo:
         for i, k in _flat(state, samples.rollout, index, steps): samples.rollout.log_probs[i, k] = _log_prob(state, samples.rollout, i, k)
 
-# %% ../nbs/11_train.ipynb #f91bb5a6
+# %% ../nbs/11_train.ipynb #20098cce
 def _eval_prompts(state):
     pairs = [state.prompt_fn(generator_for(state.config.seed, i, "eval prompt")) for i in range(state.config.eval_num_images)]
     return [list(x) for x in zip(*pairs)]
@@ -435,7 +435,7 @@ def fit(config=None,  # a TrainConfig; None is the main job
     if main: _report(state, before)
     return state.folder
 
-# %% ../nbs/11_train.ipynb #20f96e0a
+# %% ../nbs/11_train.ipynb #fc65284d
 def _report(state, before):
     from ddpo_scratch import sd
     folder, rows = state.folder, read_metrics(state.folder)
