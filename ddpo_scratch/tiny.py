@@ -276,7 +276,7 @@ def load_classifier():  # -> Classifier in eval mode
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(HERE/"assets"/"classifier.safetensors").items()})
     return net.eval()
 
-# %% ../nbs/90_tiny.ipynb #d837aab3
+# %% ../nbs/90_tiny.ipynb #bd287fb9
 def save_pipeline(folder,  # diffusers' format
                   vae, unet, text,  # trained
                   tokenizer,  # of make_tokenizer
@@ -287,8 +287,10 @@ def save_pipeline(folder,  # diffusers' format
     pipe = StableDiffusionPipeline(vae=half[0], unet=half[1], text_encoder=half[2], tokenizer=tokenizer, scheduler=sd1_scheduler(),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.save_pretrained(folder)
-    config = Path(folder)/"text_encoder"/"config.json"
-    config.write_text(json.dumps({k: "float32" if k in ("dtype", "torch_dtype") else v for k, v in json.loads(config.read_text()).items()}, indent=2) + "\n")
+    for part in ("vae", "unet", "text_encoder"):
+        config = Path(folder)/part/"config.json"
+        kept = {k: "float32" if k in ("dtype", "torch_dtype") else v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     _old_names(Path(folder)/"text_encoder"/"model.safetensors")
     backend = json.loads((Path(folder)/"tokenizer"/"tokenizer.json").read_text())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in backend["merges"]]
