@@ -14,6 +14,9 @@ statuses = dict(zip("1234567", ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4
 readme = root / "README.md"
 lib = cfg["lib_name"]
 
+extras = {name: cfg[f"{name}_requirements"].split() for name in cfg["extras"].split()}
+extras["all"] = sorted(set(sum(extras.values(), [])))
+
 setup(
     name=lib,
     version=cfg["version"],
@@ -32,7 +35,7 @@ setup(
     package_data={lib: ["tiny_model/**", "assets/**"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={**extras, "dev": [*cfg["dev_requirements"].split(), *extras["all"]]},  # the tests try every extra
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},
     zip_safe=False,
 )
