@@ -193,14 +193,15 @@ def pick_a_pic(split="train",  # train, validation, test, validation_unique or t
     if not captions: raise ValueError(f"pick_a_pic: no caption in split {split!r} of {dataset!r}: choose another split, or n of at least 1")
     return [(c, {"dataset": dataset, "split": split}) for c in captions]
 
-# %% ../nbs/02_prompts.ipynb #35bb9b75
+# %% ../nbs/02_prompts.ipynb #4d06d416
 def _parse(text):
     "'name(arguments)' -> name, (positional, named), the arguments being Python literals; (name, None) without a call."
     name, bracket, _ = text.partition("(")
     if not bracket: return text.strip(), None
     try:
         call = ast.parse("f" + text[len(name):].strip(), mode="eval").body
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and all(k.arg for k in call.keywords)): raise ValueError("not a single call")
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name): raise ValueError("no single call")
+        if any(k.arg is None for k in call.keywords): raise ValueError("** is no literal")
         return name.strip(), ([ast.literal_eval(a) for a in call.args], {k.arg: ast.literal_eval(k.value) for k in call.keywords})
     except (SyntaxError, ValueError) as e:
         raise ValueError(f"get_prompt_fn: cannot read {text!r}: write a name and literals, such as counting(max_count=6)") from e
@@ -246,12 +247,13 @@ def get_prompt_fn(name,  # "name", "name(option=...)", "package.module:attribute
     if not callable(source): raise ValueError(f"get_prompt_fn: {name!r} is a {type(source).__name__}: needs a function of a generator")
     return source
 
-# %% ../nbs/02_prompts.ipynb #4b2c925c
+# %% ../nbs/02_prompts.ipynb #00c877d6
 def all_prompts(name,  # as for get_prompt_fn
                 ):  # -> list of every prompt the source can give
     "All prompts of a source, in a fixed order, for evaluation."
     prompts = getattr(get_prompt_fn(name), "prompts", None)
-    if prompts is None: raise ValueError(f"all_prompts: {getattr(name, '__name__', name)!r} has no list of its prompts: give the function an attribute `prompts`, a list of strings")
+    if prompts is None: raise ValueError(f"all_prompts: {getattr(name, '__name__', name)!r} has no list of its prompts: "
+                                         "give the function an attribute `prompts`, a list of strings")
     return list(prompts)
 
 # %% ../nbs/02_prompts.ipynb #af1d3ea0
