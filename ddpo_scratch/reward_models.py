@@ -263,7 +263,7 @@ class HPSv2(CLIPReward):
     def __call__(self, images, prompts, metadata):
         return (self.embed_images(images) * self.embed_prompts(prompts)).sum(1).to(images.device)
 
-# %% ../nbs/04_reward_models.ipynb #03870f7e
+# %% ../nbs/04_reward_models.ipynb #6cd88cb5
 class LLaVA(_Frozen):
     "A vision-language model of transformers that answers questions about pictures (Liu et al. 2023)."
     def __init__(self, model="llava-hf/llava-1.5-7b-hf",  # hub id or folder of a LlavaForConditionalGeneration
@@ -283,6 +283,7 @@ class LLaVA(_Frozen):
                  ):  # -> b lists of strings
         from PIL import Image
         self.load(images.device)
+        if len(images) != len(questions): raise ValueError(f"{len(images)} pictures and {len(questions)} lists of questions: needs as many of each")
         asked = [(Image.fromarray(im), f"USER: <image>\n{q} ASSISTANT:") for im, qs in zip(_bytes(images), questions) for q in qs]
         answers = []
         for i in range(0, len(asked), self.batch_size):
@@ -315,7 +316,7 @@ def llava_server(ask,  # (images, questions) -> answers, e.g. LLaVA().to("cuda")
         def log_message(self, *args): pass
     return HTTPServer((host, port), Handler)
 
-# %% ../nbs/04_reward_models.ipynb #2ccdf450
+# %% ../nbs/04_reward_models.ipynb #99a0b6f7
 class _Remote:
     "The other end of `llava_server`."
     def __init__(self, url, batch_size=8, timeout=120, tries=5): self.url, self.batch_size, self.timeout, self.tries = url, batch_size, timeout, tries
@@ -324,7 +325,9 @@ class _Remote:
 
     def __call__(self, images, questions):
         n = self.batch_size
-        return sum((self._post(images[i:i + n], questions[i:i + n]) for i in range(0, len(images), n)), [])
+        answers = sum((self._post(images[i:i + n], questions[i:i + n]) for i in range(0, len(images), n)), [])
+        if len(answers) != len(images): raise RuntimeError(f"the LLaVA server at {self.url} answered {len(answers)} lists for {len(images)} pictures")
+        return answers
 
     def _post(self, images, questions):
         from urllib.error import HTTPError, URLError
