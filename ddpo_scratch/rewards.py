@@ -110,8 +110,9 @@ def _jpeg_sums(images, quality=95):
         sums.append(torch.stack([p.sum((1, 2)), digits(rest).sum((1, 2)), passed.sum((1, 2)), digits(mean).sum((1, 2)), blocks], 1))
     return torch.cat([sums[0], (sums[1] + sums[2])[:, :4]], 1)
 
-# %% ../nbs/03_rewards.ipynb #24f981fa
-_BITS = (3.10, 1.60, 0.77, 1.45, 13.62, 2.25, 2.22, 0.94, 2.61)  # fitted in the notebook: of brightness nonzero, digit, zero passed, digit of a mean, block; of colour the first four
+# %% ../nbs/03_rewards.ipynb #96b76cae
+_BITS = (3.10, 1.60, 0.77, 1.45, 13.62,  # fitted above: brightness nonzero, digit, zero passed, digit of a mean, block
+         2.25, 2.22, 0.94, 2.61)  # colour, the first four
 
 def jpeg_size_estimate(images,  # (b, 3, h, w) float in [0, 1], any h and w; gradients flow to it
                        quality=95,  # PIL's quality, 1 to 95; the prices were fitted at 95
@@ -285,7 +286,7 @@ def get_reward(text,  # a key of REWARDS, "package.module:attribute", a weighted
     if isinstance(terms, float): raise ValueError(f"get_reward: {text!r} is a number: needs a reward")
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else WeightedSum(terms)
 
-# %% ../nbs/03_rewards.ipynb #389ac5f8
+# %% ../nbs/03_rewards.ipynb #89b6d449
 class WeightedSum(Reward):
     "A weighted sum of rewards; each part's own rewards are in the extras, under its name."
     def __init__(self, parts,  # {reward or name: weight}, or a list of (weight, reward or name)
@@ -293,7 +294,7 @@ class WeightedSum(Reward):
         pairs = [(w, r) for r, w in parts.items()] if isinstance(parts, dict) else list(parts)
         if not pairs: raise ValueError("WeightedSum: no parts: needs {reward: weight, ...} or [(weight, reward), ...]")
         for w, r in pairs:
-            if isinstance(w, bool) or not isinstance(w, (int, float)) or w - w != 0: raise ValueError(f"WeightedSum: {w!r} as weight of {r!r}: needs a finite number")
+            if not isinstance(w, (int, float)) or w - w != 0: raise ValueError(f"WeightedSum: weight {w!r} of {r!r}: needs a finite number")
         self.parts = [(w, get_reward(r)) for w, r in pairs]
         names = [_name(r) for _, r in self.parts]
         self.labels = [n if names.count(n) == 1 else f"{n}#{names[:i].count(n) + 1}" for i, n in enumerate(names)]
@@ -313,7 +314,7 @@ class WeightedSum(Reward):
         for _, reward in self.parts: getattr(reward, "to", lambda device: None)(device)
         return self
 
-# %% ../nbs/03_rewards.ipynb #e753add1
+# %% ../nbs/03_rewards.ipynb #c19f8fb8
 class RewardWorkers:
     "Score in the background, in threads or processes; use it in a `with` block, which waits for what was submitted."
     def __init__(self, reward,  # a reward, a name or an expression; for processes one that can be pickled
@@ -321,7 +322,7 @@ class RewardWorkers:
                  kind="thread",  # "thread" or "process"
                  ):
         if kind not in ("thread", "process"): raise ValueError(f"RewardWorkers: kind is {kind!r}: needs 'thread' or 'process'")
-        if isinstance(n_workers, bool) or not isinstance(n_workers, int) or n_workers < 1: raise ValueError(f"RewardWorkers: n_workers is {n_workers!r}: needs a whole number of at least 1")
+        if not isinstance(n_workers, int) or n_workers < 1: raise ValueError(f"RewardWorkers: n_workers is {n_workers!r}: needs a whole number of at least 1")
         self.reward, self.kind = get_reward(reward), kind
         if kind == "thread": self._pool, self._score = ThreadPoolExecutor(n_workers), functools.partial(compute_rewards, self.reward)
         else:
