@@ -41,6 +41,22 @@ def resize_pixels(images,  # (b, 3, h, w) float in [0, 1]
         if clamp: images = images.clamp(-.5/255, 1 + .5/255)
     return TF.center_crop(images, [size, size])  # pads, where a side is shorter
 
+# %% ../nbs/04_reward_models.ipynb #0aedae29
+def _bytes(images):  # (b, 3, h, w) in [0, 1] -> (b, h, w, 3) uint8 array
+    return (images.detach().float()*255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+def _tensor_pixels(images, config, clamp=True):  # -> (b, 3, size, size), normalised, with a gradient
+    size = config["size"] if isinstance(config["size"], int) else min(config["size"])
+    x = resize_pixels(images, size, config["resize_mode"], config["interpolation"], clamp)
+    mean, std = (x.new_tensor(config[k])[:, None, None] for k in ("mean", "std"))
+    return (x - mean) / std
+
+def _pil_pixels(images, config):  # -> the same, but for rounding, and without a gradient
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    from PIL import Image
+    transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
+    return torch.stack([transform(Image.fromarray(im)) for im in _bytes(images)])
+
 # %% ../nbs/04_reward_models.ipynb #c648f9ff
 _LOADING = threading.RLock()  # a reward may be called by several worker threads at once
 
@@ -79,10 +95,7 @@ def _check_model(model, pretrained):
         other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else model + "-quickgelu"
         raise ValueError(f"model {model!r} with weights {pretrained!r} would run the wrong activation: use {other!r}")
 
-# %% ../nbs/04_reward_models.ipynb #6441df47
-def _bytes(images):  # (b, 3, h, w) in [0, 1] -> (b, h, w, 3) uint8 array
-    return (images.detach().float()*255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
+# %% ../nbs/04_reward_models.ipynb #18958f26
 class CLIPReward(_Frozen, Reward):
     "The CLIP under a reward: subclass it and write `__call__` with `embed_images` and `embed_prompts`."
     name, differentiable, uses_prompt, _clamp = "clip", True, True, True
@@ -101,7 +114,8 @@ class CLIPReward(_Frozen, Reward):
 
     def pixels(self, images):  # (b, 3, h, w) in [0, 1] -> (b, 3, size, size) as the network takes them
         self.load(images.device)
-        return (self._tensor(images.to(self.device).float()) if self.preprocess == "tensor" else self._published(images)).to(self.device, self.dtype)
+        x = _tensor_pixels(images.to(self.device).float(), self.config, self._clamp) if self.preprocess == "tensor" else self._published(images)
+        return x.to(self.device, self.dtype)
 
     def embed_images(self, images):  # (b, 3, h, w) in [0, 1] -> (b, d) of length 1, on the network's device
         return F.normalize(self._image_features(self.pixels(images)).float(), dim=-1)
@@ -110,7 +124,7 @@ class CLIPReward(_Frozen, Reward):
     def embed_prompts(self, prompts):  # b strings -> (b, d) of length 1, on the network's device
         return F.normalize(self._text_features(list(prompts)).float(), dim=-1)
 
-    # what another library than open_clip does in another way
+    # what a model of another library does in its own way
     def _check(self): _check_model(self.model, self.pretrained)
 
     def _build(self):
@@ -122,17 +136,7 @@ class CLIPReward(_Frozen, Reward):
 
     def _image_features(self, pixels): return self.net.encode_image(pixels)
     def _text_features(self, prompts): return self.load().net.encode_text(self.tokenizer(prompts).to(self.device))
-
-    def _tensor(self, images):
-        c = self.config
-        x = resize_pixels(images, min(c["size"]) if isinstance(c["size"], (tuple, list)) else c["size"], c["resize_mode"], c["interpolation"], self._clamp)
-        return (x - x.new_tensor(c["mean"])[:, None, None]) / x.new_tensor(c["std"])[:, None, None]
-
-    def _published(self, images):
-        from open_clip.transform import PreprocessCfg, image_transform_v2
-        from PIL import Image
-        transform = image_transform_v2(PreprocessCfg(**self.config), is_train=False)
-        return torch.stack([transform(Image.fromarray(im)) for im in _bytes(images)])
+    def _published(self, images): return _pil_pixels(images, self.config)
 
 # %% ../nbs/04_reward_models.ipynb #795f7530
 class CLIPScore(CLIPReward):
@@ -237,7 +241,7 @@ class PickScore(CLIPReward):
         cosine = (self.embed_images(images) * self.embed_prompts(prompts)).sum(1)
         return self.scale * cosine.to(images.device)
 
-# %% ../nbs/04_reward_models.ipynb #5890f129
+# %% ../nbs/04_reward_models.ipynb #2b8dc376
 class HPSv2(CLIPReward):
     "Human Preference Score v2: cosine under a fine-tuned ViT-H-14 (Wu et al. 2023)."
     name, _clamp = "hpsv2", False
@@ -258,7 +262,7 @@ class HPSv2(CLIPReward):
         self.config = dict(self.config, resize_mode="longest")
         return net
 
-    def _published(self, images): return self._tensor((torch.from_numpy(_bytes(images)).permute(0, 3, 1, 2) / 255).to(self.device))
+    def _published(self, images): return _tensor_pixels(torch.from_numpy(_bytes(images)).permute(0, 3, 1, 2) / 255, self.config, clamp=False)
 
     def __call__(self, images, prompts, metadata):
         return (self.embed_images(images) * self.embed_prompts(prompts)).sum(1).to(images.device)

@@ -464,7 +464,7 @@ def llava_folder(tmp_path_factory):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     LlavaProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), tokenizer, patch_size=8, vision_feature_select_strategy="default",
                    num_additional_image_tokens=1).save_pretrained(folder)
-    common = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    common = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=.3)  # so wide that pictures matter
     torch.manual_seed(0)
     LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**common, image_size=32, patch_size=8), text_config=LlamaConfig(**common, vocab_size=len(tokenizer)),
                                               image_token_index=len(tokenizer) - 1)).save_pretrained(folder)
@@ -484,6 +484,7 @@ def test_llava_answers_do_not_depend_on_the_batch(llava_folder, batch_size):
     answers = llava(images, QUESTIONS)
     assert [len(a) for a in answers] == [1, 2, 0, 1] and all(isinstance(a, str) for aa in answers for a in aa)
     assert answers == llava(images, QUESTIONS)  # greedy
+    assert len({tuple(llava(im[None], [QUESTIONS[1]])[0]) for im in images}) > 1  # and not the same whatever one sees
     alone = LLaVA(**options(llava_folder), batch_size=1)
     assert [alone(images[i:i + 1], [q])[0] for i, q in enumerate(QUESTIONS)] == answers
     assert not llava.net.training and not any(p.requires_grad for p in llava.net.parameters())
