@@ -57,7 +57,11 @@ def _pil_pixels(images, config):  # -> the same, but for rounding, and without a
     transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
     return torch.stack([transform(Image.fromarray(im)) for im in _bytes(images)])
 
-# %% ../nbs/04_reward_models.ipynb #c648f9ff
+# %% ../nbs/04_reward_models.ipynb #33c81475
+def _dtype(name):
+    if name in ("float32", "bfloat16", "float16", "float64"): return getattr(torch, name)
+    raise ValueError(f"dtype={name!r}: needs 'float32', 'bfloat16', 'float16' or 'float64'")
+
 _LOADING = threading.RLock()  # a reward may be called by several worker threads at once
 
 class _Frozen:
@@ -95,7 +99,7 @@ def _check_model(model, pretrained):
         other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else model + "-quickgelu"
         raise ValueError(f"model {model!r} with weights {pretrained!r} would run the wrong activation: use {other!r}")
 
-# %% ../nbs/04_reward_models.ipynb #18958f26
+# %% ../nbs/04_reward_models.ipynb #dd80abaf
 class CLIPReward(_Frozen, Reward):
     "The CLIP under a reward: subclass it and write `__call__` with `embed_images` and `embed_prompts`."
     name, differentiable, uses_prompt, _clamp = "clip", True, True, True
@@ -106,7 +110,7 @@ class CLIPReward(_Frozen, Reward):
                  dtype="float32",  # of the network; scores are float32
                  ):
         if preprocess not in ("tensor", "published"): raise ValueError(f"preprocess={preprocess!r}: needs 'tensor' or 'published'")
-        self.model, self.pretrained, self.preprocess, self.dtype = model, pretrained, preprocess, getattr(torch, dtype)
+        self.model, self.pretrained, self.preprocess, self.dtype = model, pretrained, preprocess, _dtype(dtype)
         self.differentiable = preprocess == "tensor"
         self._check()
 
@@ -267,13 +271,13 @@ class HPSv2(CLIPReward):
     def __call__(self, images, prompts, metadata):
         return (self.embed_images(images) * self.embed_prompts(prompts)).sum(1).to(images.device)
 
-# %% ../nbs/04_reward_models.ipynb #6cd88cb5
+# %% ../nbs/04_reward_models.ipynb #a4ba5393
 class LLaVA(_Frozen):
     "A vision-language model of transformers that answers questions about pictures (Liu et al. 2023)."
     def __init__(self, model="llava-hf/llava-1.5-7b-hf",  # hub id or folder of a LlavaForConditionalGeneration
                  dtype="float16", batch_size=8,  # questions at once
                  max_new_tokens=64):  # of an answer
-        self.model, self.dtype, self.batch_size, self.max_new_tokens = model, getattr(torch, dtype), batch_size, max_new_tokens
+        self.model, self.dtype, self.batch_size, self.max_new_tokens = model, _dtype(dtype), batch_size, max_new_tokens
 
     def _build(self):
         from transformers import AutoProcessor, LlavaForConditionalGeneration

@@ -193,6 +193,8 @@ def test_published_has_no_gradient_and_says_so(small):
         reward = small(name, preprocess="published")
         assert not reward.differentiable and not reward(*args(x))[0].requires_grad
     with pytest.raises(ValueError, match="needs 'tensor' or 'published'"): CLIPScore(preprocess="pil")
+    for make in (CLIPScore, LLaVA):
+        with pytest.raises(ValueError, match="dtype='fp16': needs 'float32'"): make(dtype="fp16")
 
 
 # ---------------------------------------------------------------- what every CLIP reward keeps
