@@ -110,7 +110,7 @@ def _jpeg_sums(images, quality=95):
         sums.append(torch.stack([p.sum((1, 2)), digits(rest).sum((1, 2)), passed.sum((1, 2)), digits(mean).sum((1, 2)), blocks], 1))
     return torch.cat([sums[0], (sums[1] + sums[2])[:, :4]], 1)
 
-# %% ../nbs/03_rewards.ipynb #6ed11fd0
+# %% ../nbs/03_rewards.ipynb #ec36deee
 _BITS = (3.10, 1.60, 0.77, 1.45, 13.62,  # fitted above: brightness nonzero, digit, zero passed, digit of a mean, block
          2.25, 2.22, 0.94, 2.61)  # colour, the first four
 
@@ -118,8 +118,9 @@ def jpeg_size_estimate(images,  # (b, 3, h, w) float in [0, 1], any h and w; gra
                        quality=95,  # PIL's quality; the prices were fitted at 95, lower ones keep the order but come out up to a tenth too big
                        ):  # -> (b,) estimated size in kB
     "A differentiable estimate of `jpeg_size`: bits as a smooth function of PIL's quantised DCT coefficients, without the rounding."
-    sums = _jpeg_sums(images, quality)
-    return (_jpeg_tables(quality)[2] + sums @ sums.new_tensor(_BITS) / 8) / 1000
+    with torch.autocast(images.device.type, enabled=False):  # half precision has too few digits
+        sums = _jpeg_sums(images, quality)
+        return (_jpeg_tables(quality)[2] + sums @ sums.new_tensor(_BITS) / 8) / 1000
 
 class _Score(Reward):
     "A differentiable reward made of a function of the images alone."
@@ -315,7 +316,21 @@ class WeightedSum(Reward):
         for _, reward in self.parts: getattr(reward, "to", lambda device: None)(device)
         return self
 
-# %% ../nbs/03_rewards.ipynb #c19f8fb8
+# %% ../nbs/03_rewards.ipynb #229d6258
+class _ByValue:
+    "Pickles as a copy of what it holds."
+    def __init__(self, value): self.value = value
+    def __reduce__(self): return pickle.loads, (pickle.dumps(self.value),)
+
+def _start_worker(made, threads):
+    torch.set_num_threads(threads)
+    _score_in_worker.made, _score_in_worker.reward = made, None
+
+def _score_in_worker(images, prompts, metadata):
+    if _score_in_worker.reward is None: _score_in_worker.reward = get_reward(pickle.loads(_score_in_worker.made))
+    with torch.no_grad(): return _ByValue(compute_rewards(_score_in_worker.reward, images, prompts, metadata))
+
+# %% ../nbs/03_rewards.ipynb #f1832b7c
 class RewardWorkers:
     "Score in the background, in threads or processes; use it in a `with` block, which waits for what was submitted."
     def __init__(self, reward,  # a reward, a name or an expression; for processes one that can be pickled
@@ -337,24 +352,10 @@ class RewardWorkers:
                ):  # -> concurrent.futures.Future of (rewards, extras)
         if self.kind == "process":
             if images.requires_grad: raise ValueError("RewardWorkers: a gradient cannot come back from a process: detach the images, or kind='thread'")
-            images = _ByValue(images.cpu())
+            images = _ByValue(images.cpu().clone())  # a slice would bring its whole batch
         return self._pool.submit(self._score, images, list(prompts), list(metadata))
 
     def close(self, cancel=False):  # wait for what was submitted; cancel=True: only for what has begun
         self._pool.shutdown(wait=True, cancel_futures=cancel)
     def __enter__(self): return self
     def __exit__(self, kind, *_): self.close(cancel=kind is not None)
-
-# %% ../nbs/03_rewards.ipynb #229d6258
-class _ByValue:
-    "Pickles as a copy of what it holds."
-    def __init__(self, value): self.value = value
-    def __reduce__(self): return pickle.loads, (pickle.dumps(self.value),)
-
-def _start_worker(made, threads):
-    torch.set_num_threads(threads)
-    _score_in_worker.made, _score_in_worker.reward = made, None
-
-def _score_in_worker(images, prompts, metadata):
-    if _score_in_worker.reward is None: _score_in_worker.reward = get_reward(pickle.loads(_score_in_worker.made))
-    with torch.no_grad(): return _ByValue(compute_rewards(_score_in_worker.reward, images, prompts, metadata))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ddpo_scratch import tiny
-from ddpo_scratch.rewards import (REWARDS, Reward, RewardWorkers, WeightedSum, _jpeg_blocks, _load, compute_rewards, get_reward, jpeg_compressibility,
+from ddpo_scratch.rewards import (REWARDS, Reward, RewardWorkers, WeightedSum, _jpeg_blocks, _load, compute_rewards, get_reward, jpeg_compressibility, jpeg_compressibility_estimate,
                                   jpeg_size, jpeg_size_estimate, target_color)
 
 torch.set_num_threads(1)
@@ -279,6 +279,8 @@ def test_estimate_of_each_picture_is_its_own_and_of_any_dtype():
     torch.testing.assert_close(jpeg_size_estimate(images), torch.cat([jpeg_size_estimate(im[None]) for im in images]))
     torch.testing.assert_close(jpeg_size_estimate(images.half()), jpeg_size_estimate(images.half().float()))
     assert jpeg_size_estimate(images.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16): inside = jpeg_compressibility_estimate(images)
+    torch.testing.assert_close(inside.float(), -jpeg_size_estimate(images))
 
 
 # ---------------------------------------------------------------- names, arguments, sums
@@ -463,6 +465,16 @@ def test_what_workers_refuse():
     with pytest.raises(ValueError, match="kind='thread'"): RewardWorkers(lambda i, p, m: [0.] * len(i), kind="process")
     with RewardWorkers("redness", 1, "process") as workers:
         with pytest.raises(ValueError, match="gradient"): workers.submit(*args(pictures().requires_grad_()))
+
+
+def test_a_slice_is_sent_without_its_batch():
+    from ddpo_scratch.rewards import _ByValue
+    whole, sent = pictures(64), []
+    workers = RewardWorkers("redness", 1, "process")
+    workers._pool.shutdown()
+    workers._pool = type("Pool", (), {"submit": lambda self, fn, *given: sent.append(given)})()
+    workers.submit(*args(whole[:1]))
+    assert isinstance(sent[0][0], _ByValue) and len(pickle.dumps(sent[0][0])) < 2 * whole[0].nbytes
 
 
 @pytest.mark.parametrize("name", [*HERE, "target_color('teal')", "redness - 2*target_color('teal')"])
