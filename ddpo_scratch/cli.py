@@ -23,7 +23,7 @@ def field_help(config_class,  # a dataclass with a comment beside each field
     found = (re.match(r"\s+(\w+): [^#]+?#\s*(.+)", line) for line in lines)
     return {m[1]: m[2] for m in found if m}
 
-# %% ../nbs/14_cli.ipynb #e7cd3166
+# %% ../nbs/14_cli.ipynb #3b931112
 def _flag(text):
     values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in values: raise argparse.ArgumentTypeError(f"expected true or false, given {text!r}")
@@ -33,9 +33,10 @@ def train_parser():  # -> argparse.ArgumentParser
     "Every field of TrainConfig as an option."
     p = argparse.ArgumentParser("ddpo_train", description="Fine-tune a diffusion model on a reward with DDPO. Without options: the embedded model, JPEG compressibility.")
     p.add_argument("--preset", default="tiny", metavar="NAME", help=f"where unset options come from: {', '.join(PRESETS)}")
+    help_of = field_help(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
         p.add_argument(f"--{f.name}", type=_flag if isinstance(f.default, bool) else type(f.default), default=argparse.SUPPRESS,
-                       metavar=type(f.default).__name__.upper(), help=f"{field_help(TrainConfig)[f.name].replace('%', '%%')} (default: {f.default!r})")
+                       metavar=type(f.default).__name__.upper(), help=f"{help_of[f.name].replace('%', '%%')} (default: {f.default!r})")
     return p
 
 def parse_train(args=None,  # command line words; None reads the process's
@@ -48,7 +49,7 @@ def parse_train(args=None,  # command line words; None reads the process's
         return check_config(read_config(folder, **given | dict(resume_from=str(folder))))
     return check_config(preset(name, **given))
 
-# %% ../nbs/14_cli.ipynb #6c3196ca
+# %% ../nbs/14_cli.ipynb #d2ec4b53
 def _quiet_libraries():
     import diffusers, transformers
     for library in (diffusers, transformers):
@@ -57,7 +58,7 @@ def _quiet_libraries():
 
 def _command(run, args):
     try: return run(args)
-    except (ValueError, FloatingPointError, OSError) as e: print(f"error: {e}", file=sys.stderr)
+    except (ValueError, FloatingPointError, OSError, ImportError) as e: print(f"error: {e}", file=sys.stderr)
     except KeyboardInterrupt: print("\nstopped; resume with --resume_from latest", file=sys.stderr)
     return 2
 
@@ -84,7 +85,7 @@ def _effect(folder):
 
 def ddpo_train(args=None): return _command(_train, args)
 
-# %% ../nbs/14_cli.ipynb #767e6046
+# %% ../nbs/14_cli.ipynb #47e5122f
 def _sample(args):
     from ddpo_scratch import sd
     from ddpo_scratch.evaluate import fixed_seed_images
@@ -94,7 +95,7 @@ def _sample(args):
     p.add_argument("--lora", help="a run's folder, or a folder with pytorch_lora_weights.safetensors")
     p.add_argument("--n", type=int, default=1, help="pictures of each prompt")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--guidance_scale", type=float, help=f"of classifier-free guidance (default: {TrainConfig.sample_guidance_scale:g} for tiny, else 5)")
+    p.add_argument("--guidance_scale", type=float, help=f"of classifier-free guidance (default: {TrainConfig.eval_guidance_scale:g} for tiny, else 5)")
     p.add_argument("--num_steps", type=int, help=f"denoising steps (default: {TrainConfig.sample_num_steps} for tiny, else 50)")
     p.add_argument("--eta", type=float, default=1.0, help="of DDIM: 1 as in training, 0 for no noise")
     p.add_argument("--out", default=".", help="folder for the pictures")
@@ -102,7 +103,7 @@ def _sample(args):
     _quiet_libraries()
     if a.n < 1: raise ValueError(f"--n is {a.n}, but must be at least 1")
     tiny = a.model == "tiny"
-    w = a.guidance_scale if a.guidance_scale is not None else (TrainConfig.sample_guidance_scale if tiny else 5.)
+    w = a.guidance_scale if a.guidance_scale is not None else (TrainConfig.eval_guidance_scale if tiny else 5.)
     pipe = sd.load_pipeline(a.model)
     if a.lora: sd.load_lora(pipe, a.lora)
     prompts = [q for q in a.prompts for _ in range(a.n)]

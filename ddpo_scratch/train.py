@@ -7,13 +7,16 @@ __all__ = ['PRESETS', 'TrainConfig', 'check_config', 'preset', 'TrainState', 'St
            'collect', 'update', 'minibatches', 'save_checkpoint', 'find_checkpoint', 'read_config', 'load_checkpoint',
            'train', 'fit']
 
-# %% ../nbs/11_train.ipynb #49256c20
+# %% ../nbs/11_train.ipynb #e57bb4f7
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,17 +28,19 @@ from .evaluate import before_after, fixed_seed_images, plot_grid, read_metrics, 
 from .policy_gradient import reinforce_loss
 from .ppo import approx_kl, clip_fraction, default_clip_range, importance_ratio, ppo_loss
 from .prompts import get_prompt_fn
-from .rewards import compute_rewards, get_reward
+from .rewards import RewardWorkers, compute_rewards, get_reward
 from .rollout import Rollout, generator_for, sample, step_log_prob, trainable_steps
 
-# %% ../nbs/11_train.ipynb #846be8bb
+# %% ../nbs/11_train.ipynb #46cc0466
 @dataclass(frozen=True)
 class TrainConfig:
     "What a run does; its defaults fine-tune the embedded model for JPEG compressibility on two CPU cores."
     method: str = "ddpo_is"  # "ddpo_is" (importance sampled, clipped: PPO) or "ddpo_sf" (score function: REINFORCE)
     model: str = "tiny"  # "tiny", a folder in diffusers' format, or a hub id
-    reward_fn: str = "jpeg_compressibility"  # a reward by name, or package.module:function
-    prompt_fn: str = "common_animals"  # a prompt source by name, a text file, or package.module:function
+    reward_fn: str = "jpeg_compressibility"  # a reward by name, a sum such as "aesthetic + 0.1*jpeg_compressibility", or package.module:function
+    prompt_fn: str = "common_animals"  # a prompt source by name, also with options as in "counting(max_count=6)", a text file, or package.module:function
+    reward_workers: int = 0  # threads that score batches while the next ones are sampled; 0 scores each in its turn
+    reward_offload: bool = False  # keep the reward's networks on the CPU while the policy trains
     use_lora: bool = True  # train a LoRA; otherwise the whole U-Net
     lora_rank: int = 8  # rank of the LoRA
     lora_alpha: int = 8  # scale of the LoRA is lora_alpha / lora_rank
@@ -47,11 +52,12 @@ class TrainConfig:
     sample_guidance_scale: float = 1.0  # w of classifier-free guidance, in sampling and in training
     sample_batch_size: int = 32  # pictures sampled at a time, on each process
     sample_num_batches_per_epoch: int = 2  # such batches an epoch
+    sample_images_per_prompt: int = 4  # pictures in a row that share a prompt; 1 draws each anew, as the literature does
     train_batch_size: int = 4  # samples (whole trajectories) in a minibatch, on each process
     train_gradient_accumulation_steps: int = 1  # minibatches in an optimizer step
     train_micro_batch_size: int = 40  # transitions in one forward pass; bounds memory, changes no result
     train_num_inner_epochs: int = 1  # passes over an epoch's samples
-    train_timestep_fraction: float = 0.5  # share of each trajectory's steps that is trained on, drawn anew for each sample
+    train_timestep_fraction: float = 1.0  # share of each trajectory's steps that is trained on, drawn anew for each sample
     train_learning_rate: float = 1e-3  # of AdamW
     train_adam_beta1: float = 0.9  # of AdamW
     train_adam_beta2: float = 0.999  # of AdamW
@@ -61,8 +67,8 @@ class TrainConfig:
     train_clip_range: float = 0.0  # PPO's clip range; 0 picks 1e-4 scaled from 16,384 latent dimensions to the model's
     train_adv_clip_max: float = 5.0  # advantages are clipped to this size
     per_prompt_stat_tracking: bool = True  # advantages from each prompt's own statistics
-    per_prompt_stat_tracking_buffer_size: int = 16  # rewards remembered for each prompt
-    per_prompt_stat_tracking_min_count: int = 3  # fewer than these: the batch's statistics are used
+    per_prompt_stat_tracking_buffer_size: int = 8  # rewards remembered for each prompt
+    per_prompt_stat_tracking_min_count: int = 4  # fewer than these: the batch's statistics are used
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
     allow_tf32: bool = True  # TF32 matrix products on a GPU that has them
     logdir: str = "runs"  # where run folders go
@@ -70,6 +76,7 @@ class TrainConfig:
     save_freq: int = 1  # epochs between checkpoints; the last epoch is always saved
     num_checkpoint_limit: int = 3  # checkpoints kept
     eval_num_images: int = 45  # fixed-seed pictures compared before and after; 0 for none
+    eval_guidance_scale: float = 3.0  # w for those pictures
     resume_from: str = ""  # a run's folder, a checkpoint in it, or "latest"
 
     @property
@@ -81,7 +88,7 @@ class TrainConfig:
     @property
     def steps_per_sample(self): return max(1, math.ceil(self.train_timestep_fraction*self.sample_num_steps - 1e-9))
 
-# %% ../nbs/11_train.ipynb #9131da5c
+# %% ../nbs/11_train.ipynb #aedcd318
 def check_config(config,  # a TrainConfig
                  ):  # -> the config, or ValueError
     "Every mistake that can be seen without a model, each named with what was given and what is allowed."
@@ -91,8 +98,9 @@ def check_config(config,  # a TrainConfig
     if not 0 < c.train_timestep_fraction <= 1: bad.append(f"train_timestep_fraction is {c.train_timestep_fraction:g}, allowed is 0 < fraction <= 1")
     if c.mixed_precision not in ("no", "bf16", "fp16"): bad.append(f"mixed_precision is {c.mixed_precision!r}, allowed are 'no', 'bf16', 'fp16'")
     counts = ("num_epochs sample_num_steps sample_batch_size sample_num_batches_per_epoch train_batch_size train_gradient_accumulation_steps "
-              "train_micro_batch_size train_num_inner_epochs save_freq num_checkpoint_limit").split()
+              "train_micro_batch_size train_num_inner_epochs sample_images_per_prompt save_freq num_checkpoint_limit").split()
     bad += [f"{k} is {getattr(c, k)}, but must be at least 1" for k in counts if getattr(c, k) < 1]
+    if c.reward_workers < 0: bad.append(f"reward_workers is {c.reward_workers}, but must be 0 (score in turn) or more")
     if not bad and c.samples_per_epoch % c.samples_per_update:
         bad.append(f"samples per epoch ({c.sample_batch_size} x {c.sample_num_batches_per_epoch} = {c.samples_per_epoch}) must be a multiple of samples per update "
                    f"({c.train_batch_size} x {c.train_gradient_accumulation_steps} = {c.samples_per_update}): change train_batch_size or sample_batch_size")
@@ -102,14 +110,15 @@ def check_config(config,  # a TrainConfig
     if bad: raise ValueError("; ".join(bad))
     return config
 
-# %% ../nbs/11_train.ipynb #e0a69a55
-_black = dict(per_prompt_stat_tracking_min_count=16, model="CompVis/stable-diffusion-v1-4", prompt_fn="imagenet_animals", lora_rank=4, lora_alpha=4, lora_targets="attention", seed=42, num_epochs=100,
+# %% ../nbs/11_train.ipynb #3bdc5321
+_black = dict(per_prompt_stat_tracking_buffer_size=16, per_prompt_stat_tracking_min_count=16, sample_images_per_prompt=1, model="CompVis/stable-diffusion-v1-4", prompt_fn="imagenet_animals", lora_rank=4, lora_alpha=4, lora_targets="attention", seed=42, num_epochs=100,
               sample_num_steps=50, sample_guidance_scale=5.0, sample_batch_size=8, sample_num_batches_per_epoch=32, train_batch_size=4,
               train_gradient_accumulation_steps=16, train_micro_batch_size=4, train_timestep_fraction=1.0, train_learning_rate=3e-4, train_clip_range=1e-4,
-              per_prompt_stat_tracking=True, mixed_precision="fp16", eval_num_images=16)
+              per_prompt_stat_tracking=True, mixed_precision="fp16", eval_num_images=16, eval_guidance_scale=5.0)
 PRESETS = {"tiny": {},
            "tiny_sf": dict(method="ddpo_sf", train_batch_size=64, num_epochs=30),
-           "tiny_collapse": dict(per_prompt_stat_tracking=False, train_learning_rate=2e-3, num_epochs=12),
+           "tiny_collapse": dict(per_prompt_stat_tracking=False, sample_images_per_prompt=1, train_timestep_fraction=.5, train_learning_rate=2e-3,
+                                 num_epochs=12, eval_guidance_scale=1.0),
            "ddpo_pytorch_compressibility": _black,
            "ddpo_pytorch_incompressibility": _black | dict(reward_fn="jpeg_incompressibility")}
 
@@ -151,14 +160,14 @@ class Step:
     grad_norm: float  # before clipping
     metrics: dict = field(default_factory=dict)  # of the epoch, on its last step: as in metrics.jsonl
 
-# %% ../nbs/11_train.ipynb #d5600f92
+# %% ../nbs/11_train.ipynb #0332498e
 def _free_folder(config):
     if config.run_name:
         folder = Path(config.logdir)/config.run_name
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{str(folder)!r} already holds a run: resume it with resume_from, or choose another run_name; nothing was overwritten")
         return folder
-    stem = f"{config.method}-{str(config.reward_fn).rpartition(':')[2]}"
+    stem = re.sub(r"[^\w.]+", "-", f"{config.method}-{str(config.reward_fn).rpartition(':')[2]}").strip("-.")[:80]
     return next(f for f in (Path(config.logdir)/f"{stem}-{k:03d}" for k in range(1, 1000)) if not f.exists())
 
 def setup(config,  # a TrainConfig
@@ -166,13 +175,14 @@ def setup(config,  # a TrainConfig
           reward_fn=None,  # a reward in place of config.reward_fn
           prompt_fn=None,  # a prompt function in place of config.prompt_fn
           ):  # -> TrainState
-    "Load what a run needs and check it; writes nothing."
+    "Load what a run needs and check it, with the checkpoint if it resumes one; writes nothing."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from ddpo_scratch import sd
     check_config(config)
     reward_fn, prompt_fn = reward_fn or get_reward(config.reward_fn), prompt_fn or get_prompt_fn(config.prompt_fn)
-    folder = find_checkpoint(config.resume_from, config.logdir).parent.parent if config.resume_from else _free_folder(config)
+    checkpoint = find_checkpoint(config.resume_from, config.logdir) if config.resume_from else None
+    folder = checkpoint.parent.parent if checkpoint else _free_folder(config)
     AcceleratorState._reset_state()                                                   # an earlier run of this process may have had another precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -186,10 +196,12 @@ def setup(config,  # a TrainConfig
                                   config.train_adam_epsilon, config.train_adam_weight_decay)
     denoiser.unet, optimizer = accelerator.prepare(denoiser.pipe.unet, optimizer)
     tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count)
-    return TrainState(config, folder, accelerator, denoiser, params, optimizer, reward_fn, prompt_fn, tracker,
-                      config.train_clip_range or default_clip_range(denoiser.latent_shape))
+    state = TrainState(config, folder, accelerator, denoiser, params, optimizer, reward_fn, prompt_fn, tracker,
+                       config.train_clip_range or default_clip_range(denoiser.latent_shape))
+    if checkpoint: load_checkpoint(state, checkpoint)
+    return state
 
-# %% ../nbs/11_train.ipynb #f98472f9
+# %% ../nbs/11_train.ipynb #6a45ae54
 @dataclass
 class Samples:
     "An epoch's samples on this process."
@@ -199,11 +211,38 @@ class Samples:
     rewards: torch.Tensor  # (n,)
     advantages: torch.Tensor  # (n,) clipped
     all_rewards: torch.Tensor  # (n * processes,)
+    extras: dict  # mean over all processes of each number that the reward returned beside its rewards
 
 def advantages_of(state, rewards, prompts):
     "Advantages of all samples of the epoch, DDPO App. D: per prompt or over the batch, then clipped."
     a = state.tracker.update(prompts, rewards) if state.config.per_prompt_stat_tracking else standardize(rewards)
     return a.clamp(-state.config.train_adv_clip_max, state.config.train_adv_clip_max)
+
+def _prompt(state, k):
+    "Prompt and metadata of sample k of the epoch."
+    return state.prompt_fn(generator_for(state.config.seed, state.epoch, k//state.config.sample_images_per_prompt, "prompt"))
+
+@contextlib.contextmanager
+def _scoring(state):
+    "A function from a batch to a Future of its rewards: at once, or by worker threads while the next batch is sampled."
+    def at_once(*batch):
+        done = Future()
+        done.set_result(compute_rewards(state.reward_fn, *batch))
+        return done
+    move = getattr(state.reward_fn, "to", lambda device: None)
+    if state.config.reward_offload: move(state.accelerator.device)
+    workers = state.config.reward_workers
+    with RewardWorkers(state.reward_fn, workers) if workers else contextlib.nullcontext() as pool: yield pool.submit if pool else at_once
+    if state.config.reward_offload: move("cpu")
+
+def _means(acc, extras, n):
+    "Mean of each of the extras that is one number a picture, over all batches and processes."
+    found = {k: [_numbers(e[k]) for e in extras] for k in extras[0]}
+    return {k: acc.gather(torch.stack(v).to(acc.device)).mean().item() for k, v in found.items() if all(x is not None and x.shape == (n,) for x in v)}
+
+def _numbers(values):
+    try: return torch.as_tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError): return None                                       # words, say
 
 @torch.no_grad()
 def collect(state,  # a TrainState
@@ -214,20 +253,23 @@ def collect(state,  # a TrainState
     gen = lambda k, purpose: generator_for(cfg.seed, state.epoch, k, purpose)
     world, rank, n, den.training = acc.num_processes, acc.process_index, cfg.sample_batch_size, False
     parts = []
-    for j in progress(range(cfg.sample_num_batches_per_epoch)):
-        ks = [(j*world + rank)*n + i for i in range(n)]
-        prompts, metadata = zip(*(state.prompt_fn(gen(k, "prompt")) for k in ks))
-        rollout = sample(den, den.encode(prompts), cfg.sample_num_steps, cfg.sample_eta, [gen(k, "noise") for k in ks])
-        images = den.decode(rollout.x0)
-        rewards, _ = compute_rewards(state.reward_fn, images, list(prompts), list(metadata))
-        parts.append((rollout, images.cpu(), prompts, rewards.to(acc.device)))
-    rollouts, images, prompts, rewards = zip(*parts)
-    all_rewards = acc.gather(torch.stack(rewards)).view(world, -1, n).transpose(0, 1).reshape(-1).cpu()      # in the order of k
-    all_prompts = [state.prompt_fn(gen(k, "prompt"))[0] for k in range(len(all_rewards))]
+    with _scoring(state) as score:
+        for j in progress(range(cfg.sample_num_batches_per_epoch)):
+            ks = [(j*world + rank)*n + i for i in range(n)]
+            prompts, metadata = zip(*(_prompt(state, k) for k in ks))
+            rollout = sample(den, den.encode(prompts), cfg.sample_num_steps, cfg.sample_eta, [gen(k, "noise") for k in ks])
+            images = den.decode(rollout.x0)
+            parts.append((rollout, images.cpu(), prompts, score(images, list(prompts), list(metadata))))
+        scores = [part[3].result() for part in parts]
+    rollouts, images, prompts, _ = zip(*parts)
+    rewards = torch.stack([r.to(acc.device) for r, _ in scores])
+    all_rewards = acc.gather(rewards).view(world, -1, n).transpose(0, 1).reshape(-1).cpu()                  # in the order of k
+    all_prompts = [_prompt(state, k)[0] for k in range(len(all_rewards))]
     mine = torch.tensor([(j*world + rank)*n + i for j in range(len(parts)) for i in range(n)])
     advantages = advantages_of(state, all_rewards, all_prompts)[mine]
     state.reward_queries += len(all_rewards)
-    return Samples(Rollout.cat(rollouts), torch.cat(images), sum(map(list, prompts), []), all_rewards[mine], advantages.to(acc.device), all_rewards)
+    return Samples(Rollout.cat(rollouts), torch.cat(images), sum(map(list, prompts), []), all_rewards[mine], advantages.to(acc.device), all_rewards,
+                   _means(acc, [extras for _, extras in scores], n))
 
 # %% ../nbs/11_train.ipynb #72262c78
 def _flat(state, rollout, index, steps):
@@ -305,8 +347,9 @@ def save_checkpoint(state,  # a TrainState
 def _write_config(config, folder):
     (Path(folder)/"config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
-# %% ../nbs/11_train.ipynb #ed56d387
-_may_differ = {"num_epochs", "resume_from", "save_freq", "num_checkpoint_limit", "logdir", "run_name", "eval_num_images", "train_micro_batch_size"}
+# %% ../nbs/11_train.ipynb #18c773a2
+_may_differ = {"num_epochs", "resume_from", "save_freq", "num_checkpoint_limit", "logdir", "run_name", "eval_num_images", "eval_guidance_scale",
+               "train_micro_batch_size", "reward_workers", "reward_offload"}
 
 def find_checkpoint(where,  # a run's folder, a checkpoint in it, or "latest"
                     logdir="runs",  # where "latest" looks
@@ -346,7 +389,7 @@ def load_checkpoint(state,  # a fresh TrainState
     state.epoch, state.global_step, state.reward_queries = saved["epoch"], saved["global_step"], saved["reward_queries"]
     state.folder = Path(folder).parent.parent
 
-# %% ../nbs/11_train.ipynb #6ba32cd4
+# %% ../nbs/11_train.ipynb #09f39de2
 def train(config=None,  # a TrainConfig; None is the main job
           state=None,  # a TrainState of `setup`, in place of the config
           progress=iter,  # wraps the sampling batches of each epoch
@@ -355,7 +398,6 @@ def train(config=None,  # a TrainConfig; None is the main job
     "Fine-tune a diffusion model with DDPO (Black et al. 2023, arXiv 2305.13301)."
     state = state or setup(config or TrainConfig(), **parts)
     cfg = state.config
-    if cfg.resume_from and state.epoch == 0: load_checkpoint(state, find_checkpoint(cfg.resume_from, cfg.logdir))
     _open_run(state)
     while state.epoch < cfg.num_epochs:
         start, done = time.perf_counter(), []
@@ -373,7 +415,7 @@ def train(config=None,  # a TrainConfig; None is the main job
         if state.epoch % cfg.save_freq == 0 or state.epoch == cfg.num_epochs: save_checkpoint(state)
         yield step
 
-# %% ../nbs/11_train.ipynb #3d83f1f1
+# %% ../nbs/11_train.ipynb #caac4c47
 def _open_run(state):
     if not state.accelerator.is_main_process: return
     state.folder.mkdir(parents=True, exist_ok=True)
@@ -387,6 +429,7 @@ def _epoch_metrics(state, samples, done):
     mean = {k: sum(d[k] for d in done)/len(done) for k in done[0]}
     return dict(epoch=state.epoch, global_step=state.global_step, reward_queries=state.reward_queries, reward_mean=r.mean().item(),
                 reward_std=r.std().item(), reward_min=r.min().item(), reward_max=r.max().item(),
+                **{f"reward/{k}": v for k, v in samples.extras.items()},
                 advantage_spread=samples.advantages.std().item(), **mean | dict(ratio_spread=max(d["ratio_spread"] for d in done)))
 
 def _write_row(state, row):
@@ -399,14 +442,16 @@ def _recompute_log_probs(state, samples, todo):
     for index, steps in todo:
         for i, k in _flat(state, samples.rollout, index, steps): samples.rollout.log_probs[i, k] = _log_prob(state, samples.rollout, i, k)
 
-# %% ../nbs/11_train.ipynb #20098cce
+# %% ../nbs/11_train.ipynb #ea63804f
 def _eval_prompts(state):
     pairs = [state.prompt_fn(generator_for(state.config.seed, i, "eval prompt")) for i in range(state.config.eval_num_images)]
     return [list(x) for x in zip(*pairs)]
 
 def _evaluate(state):
-    cfg, (prompts, metadata) = state.config, _eval_prompts(state)
-    images = fixed_seed_images(state.denoiser, prompts, cfg.seed, cfg.sample_num_steps, cfg.sample_eta, cfg.sample_batch_size)
+    cfg, den, (prompts, metadata) = state.config, state.denoiser, _eval_prompts(state)
+    den.guidance_scale, trained = cfg.eval_guidance_scale, den.guidance_scale
+    try: images = fixed_seed_images(den, prompts, cfg.seed, cfg.sample_num_steps, cfg.sample_eta, cfg.sample_batch_size)
+    finally: den.guidance_scale = trained
     rewards, _ = compute_rewards(state.reward_fn, images, prompts, metadata)
     return images, prompts, rewards
 
@@ -418,7 +463,6 @@ def fit(config=None,  # a TrainConfig; None is the main job
     from fastprogress.fastprogress import progress_bar
     state = setup(config or TrainConfig(), **parts)
     cfg, main = state.config, state.accelerator.is_main_process
-    if cfg.resume_from: load_checkpoint(state, find_checkpoint(cfg.resume_from, cfg.logdir))
     kept = state.folder/"before.pt"
     before = None
     if cfg.eval_num_images:

@@ -2,7 +2,7 @@
 
     python experiments/main_job.py              # jobs 0 1 2, up and collapse; a finished job is not run again
 
-Jobs 0, 1 and 2 are seeds of the main job; "up" is seed 0 with jpeg_incompressibility, the other way; "collapse" is preset tiny_collapse. Each trains with the defaults of `ddpo_train`, then base and fine-tuned model draw the 45 animals with 2 held-out seeds each.
+Jobs 0, 1 and 2 are seeds of the main job; "up" is seed 0 with jpeg_incompressibility, the other way; "collapse" is preset tiny_collapse. Each trains with the defaults of `ddpo_train`, then base and fine-tuned model draw the 45 animals with 2 held-out seeds each, at eval_guidance_scale.
 Writes main_job.json (sizes, classifier accuracy, minutes, metrics of every epoch) and main_job.png, main_job_up.png, main_job_collapse.png (ten animals before and after).
 """
 import dataclasses
@@ -27,8 +27,8 @@ JOBS = {"0": preset("tiny"), "1": preset("tiny", seed=1), "2": preset("tiny", se
 PROMPTS, NAMES = [f"{article(a)} {a}" for a in COMMON_ANIMALS]*2, COMMON_ANIMALS*2
 
 
-def measure(pipe, judge):
-    images = fixed_seed_images(StableDiffusion(pipe, TrainConfig.sample_guidance_scale), PROMPTS, seed=1000, batch_size=45)
+def measure(pipe, judge, guidance_scale):
+    images = fixed_seed_images(StableDiffusion(pipe, guidance_scale), PROMPTS, seed=1000, batch_size=45)
     kb = jpeg_size(images).double()
     return images, dict(n=len(kb), kb_mean=kb.mean().item(), kb_se=(kb.std()/len(kb)**.5).item(),
                         accuracy=sum(a == b for a, b in zip(judge.names(images), NAMES))/len(NAMES))
@@ -36,7 +36,7 @@ def measure(pipe, judge):
 
 def main(jobs=JOBS, threads=2):
     torch.set_num_threads(threads)
-    judge, path = load_classifier(), HERE.with_suffix(".json")
+    judge, path, base = load_classifier(), HERE.with_suffix(".json"), {}
     for job in jobs:
         log = json.loads(path.read_text()) if path.exists() else dict(command="python experiments/main_job.py", runs={})
         if job in log["runs"]: continue
@@ -44,15 +44,16 @@ def main(jobs=JOBS, threads=2):
             config, start = dataclasses.replace(JOBS[job], logdir=tmp), time.perf_counter()
             folder = fit(config)
             minutes = (time.perf_counter() - start)/60
-            before, a = measure(load_pipeline("tiny"), judge)
-            after, b = measure(load_lora(load_pipeline("tiny"), folder), judge)
+            w = config.eval_guidance_scale
+            if w not in base: base[w] = measure(load_pipeline("tiny"), judge, w)
+            (before, a), (after, b) = base[w], measure(load_lora(load_pipeline("tiny"), folder), judge, w)
             rows = [{k: round(v, 5) for k, v in r.items()} for r in read_metrics(folder)]
         if job not in ("1", "2"):
             name = "main_job" if job == "0" else f"main_job_{job}"
             before_after(before[:45][::3][:10], after[:45][::3][:10], PROMPTS[:45][::3][:10], n_cols=10).savefig(HERE.with_name(f"{name}.png"))
         log = json.loads(path.read_text()) if path.exists() else log                      # another process may have finished a seed
         changed = {k: v for k, v in dataclasses.asdict(JOBS[job]).items() if v != getattr(TrainConfig, k)}
-        log["runs"][job] = dict(config=changed, before=a, after=b, fall=1 - b["kb_mean"]/a["kb_mean"], minutes=round(minutes, 1), threads=threads, rows=rows)
+        log["runs"][job] = dict(config=changed, guidance_scale=w, before=a, after=b, fall=1 - b["kb_mean"]/a["kb_mean"], minutes=round(minutes, 1), threads=threads, rows=rows)
         log["runs"] = dict(sorted(log["runs"].items()))
         path.write_text(json.dumps(log, indent=1) + "\n")
         print(f"job {job}: {a['kb_mean']:.3f} -> {b['kb_mean']:.3f} kB, accuracy {a['accuracy']:.0%} -> {b['accuracy']:.0%}, {minutes:.1f} min", flush=True)

@@ -31,6 +31,7 @@ ARROWS = {
     "cli": {"train", "sd", "prompts", "rewards", "reward_models", "evaluate"},
     "trl": {"train", "sd"},
     "tiny": {"prompts"},
+    "tiny_clip": {"prompts", "reward_models", "tiny"},
 }
 MODULES = sorted(p.stem for p in LIB.glob("*.py") if not p.stem.startswith("_"))
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "matplotlib", "timm", "wandb", "open_clip"}  # only inside functions

@@ -8,7 +8,7 @@ import torch
 from ddpo_scratch import train as T
 from ddpo_scratch.evaluate import fixed_seed_images, read_metrics
 from ddpo_scratch.prompts import COMMON_ANIMALS, article
-from ddpo_scratch.rewards import jpeg_size
+from ddpo_scratch.rewards import Reward, jpeg_size
 from ddpo_scratch.sd import StableDiffusion, load_lora, load_pipeline
 
 
@@ -38,7 +38,7 @@ def test_resumed_lora_run_goes_on_training(tmp_path):
     "A peer's optimizer held the parameters of the adapter that resuming had replaced."
     for _ in T.train(small(tmp_path, run_name="a", num_epochs=1)): pass
     state = T.setup(small(tmp_path, num_epochs=2, resume_from=str(tmp_path/"a")))
-    T.load_checkpoint(state, T.find_checkpoint(tmp_path/"a"))
+    assert state.epoch == 1
     before = [p.clone() for p in state.params]
     for _ in T.train(state=state): pass
     assert state.epoch == 2 and any(not torch.equal(a, b) for a, b in zip(before, state.params))
@@ -127,6 +127,35 @@ def test_bad_rewards_stop_before_any_update(tmp_path, reward, error, message):
     before = [p.clone() for p in state.params]
     with pytest.raises(error, match=message): next(T.train(state=state))
     assert all(torch.equal(a, b) for a, b in zip(before, state.params))
+
+
+def test_parts_of_a_weighted_sum_are_logged_one_by_one(tmp_path):
+    reward = "0.5*brightness - 2*jpeg_incompressibility"
+    for step in T.train(small(tmp_path, num_epochs=1, reward_fn=reward)): pass
+    row, = read_metrics(next(tmp_path.iterdir()))
+    assert next(tmp_path.iterdir()).name == "ddpo_is-0.5-brightness-2-jpeg_incompressibility-001"
+    assert abs(.5*row["reward/brightness"] - 2*row["reward/jpeg_incompressibility"] - row["reward_mean"]) < 1e-5
+
+
+def test_rewards_scored_by_workers_are_those_scored_in_turn(tmp_path):
+    for name, workers in (("turn", 0), ("workers", 2)):
+        for _ in T.train(small(tmp_path, run_name=name, num_epochs=1, sample_batch_size=4, sample_num_batches_per_epoch=3, reward_workers=workers)): pass
+    assert numbers(tmp_path/"turn") == numbers(tmp_path/"workers")
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        next(T.train(small(tmp_path, reward_workers=2), reward_fn=lambda i, p, m: 1/0))
+    with pytest.raises(ValueError, match="reward_workers is -1"): T.setup(small(tmp_path, reward_workers=-1))
+
+
+def test_an_offloaded_reward_waits_on_the_cpu(tmp_path):
+    class Moved(Reward):
+        moves = []
+        def to(self, device): self.moves.append(str(device)); return self
+        def __call__(self, images, prompts, metadata): self.moves.append("scored"); return images.mean((1, 2, 3))
+    reward = Moved()
+    T.collect(T.setup(small(tmp_path, reward_offload=True), reward_fn=reward))
+    assert reward.moves == ["cpu", "scored", "cpu"]
+    T.collect(T.setup(small(tmp_path), reward_fn=reward))
+    assert reward.moves[3:] == ["scored"]
 
 
 def test_resume_refuses_what_is_no_checkpoint_or_another_configuration(tmp_path):
