@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONCEPTS', 'HERE', 'PALETTE', 'KINDS', 'SIZES', 'load_sprites', 'draw_scenes', 'caption', 'compose', 'make_tokenizer',
-           'make_models', 'sd1_scheduler', 'train_vae', 'train_unet', 'Classifier', 'train_classifier',
+           'make_models', 'sd1_scheduler', 'train_vae', 'train_unet', 'degrade', 'Classifier', 'train_classifier',
            'load_classifier', 'save_pipeline', 'build', 'ddpo_tiny']
 
 # %% ../nbs/90_tiny.ipynb #05d5d4c8
@@ -235,7 +235,15 @@ def _restore(path, net, ema, opt):
     for part, name in ((net, "net"), (ema, "ema"), (opt, "opt")): part.load_state_dict(saved[name])
     return saved["step"]
 
-# %% ../nbs/90_tiny.ipynb #2f4c72ca
+# %% ../nbs/90_tiny.ipynb #257649aa
+def degrade(x,  # (b, 3, 64, 64) pictures
+            generator,  # torch.Generator on the CPU
+            ):  # -> (b, 3, 64, 64)
+    "Blur a batch and add noise, both at random."
+    s = int(torch.randint(24, 65, (1,), generator=generator))
+    x = F.interpolate(F.interpolate(x, size=(s, s), mode="bilinear", antialias=True), size=(64, 64), mode="bilinear")
+    return x + .06*torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device)*torch.randn(x.shape, generator=generator).to(x.device)
+
 class Classifier(torch.nn.Module):
     "Names one of the 77 concepts; 0.3 M parameters."
     def __init__(self):
@@ -261,10 +269,7 @@ def train_classifier(steps=1000,  # optimizer steps of 96 pictures
     for step in range(steps):
         scenes = draw_scenes(96, g, torch.ones(77))
         x, _ = compose(sprites, scenes, g)
-        s = int(torch.randint(24, 65, (1,), generator=g))
-        x = F.interpolate(F.interpolate(x, size=(s, s), mode="bilinear", antialias=True), size=(64, 64), mode="bilinear")
-        x = x + .06*torch.rand(96, 1, 1, 1, generator=g).to(device)*torch.randn(x.shape, generator=g).to(device)
-        loss = F.cross_entropy(net(x), scenes[:, 0].to(device), label_smoothing=.05)
+        loss = F.cross_entropy(net(degrade(x, g)), scenes[:, 0].to(device), label_smoothing=.05)
         opt.zero_grad(); loss.backward(); opt.step(); plan.step()
         if step % 250 == 0: log(f"classifier step {step}: loss {loss.item():.3f}")
     return net.eval()

@@ -2,8 +2,8 @@
 
     python experiments/main_job.py              # jobs 0 1 2, up and collapse; a finished job is not run again
 
-Jobs 0, 1 and 2 are seeds of the main job; "up" is seed 0 with jpeg_incompressibility, the other way; "collapse" is preset tiny_collapse. Each trains with the defaults of `ddpo_train`, then base and fine-tuned model draw the 45 animals with 2 held-out seeds each, at eval_guidance_scale.
-Writes main_job.json (sizes, classifier accuracy, minutes, metrics of every epoch) and main_job.png, main_job_up.png, main_job_collapse.png (ten animals before and after).
+Jobs 0, 1 and 2 are seeds of the main job; "up" is 6 epochs of seed 0 with jpeg_incompressibility, the other way; "collapse" is preset tiny_collapse. Each trains with the defaults of `ddpo_train` and one epoch more; base and fine-tuned model draw the 45 animals with 2 held-out seeds each, at eval_guidance_scale.
+Writes main_job.json (sizes and classifier accuracy at the last epoch and one to either side, minutes of training, metrics of every epoch) and main_job.png, main_job_up.png, main_job_collapse.png (ten animals before and after).
 """
 import dataclasses
 import json
@@ -17,13 +17,13 @@ import torch
 from ddpo_scratch.evaluate import before_after, fixed_seed_images, read_metrics
 from ddpo_scratch.prompts import COMMON_ANIMALS, article
 from ddpo_scratch.rewards import jpeg_size
-from ddpo_scratch.sd import StableDiffusion, load_lora, load_pipeline
+from ddpo_scratch.sd import StableDiffusion, load_lora, load_pipeline, save_lora
 from ddpo_scratch.tiny import load_classifier
-from ddpo_scratch.train import TrainConfig, fit, preset
+from ddpo_scratch.train import TrainConfig, preset, setup, train
 
 HERE = Path(__file__).with_suffix("")
 JOBS = {"0": preset("tiny"), "1": preset("tiny", seed=1), "2": preset("tiny", seed=2),
-        "up": preset("tiny", reward_fn="jpeg_incompressibility"), "collapse": preset("tiny_collapse")}
+        "up": preset("tiny", reward_fn="jpeg_incompressibility", num_epochs=6), "collapse": preset("tiny_collapse")}
 PROMPTS, NAMES = [f"{article(a)} {a}" for a in COMMON_ANIMALS]*2, COMMON_ANIMALS*2
 
 
@@ -34,6 +34,24 @@ def measure(pipe, judge, guidance_scale):
                         accuracy=sum(a == b for a, b in zip(judge.names(images), NAMES))/len(NAMES))
 
 
+def run(config, judge, base, past=1):
+    "Train `past` epochs longer than the job asks, and measure at its end and one epoch to either side."
+    w, n, path, seconds = config.eval_guidance_scale, config.num_epochs, [], 0.
+    state, start = setup(dataclasses.replace(config, num_epochs=n + past)), time.perf_counter()
+    for step in train(state=state):
+        if not step.metrics or step.epoch < n - 1: continue
+        seconds += time.perf_counter() - start
+        if step.epoch == n: minutes = seconds/60
+        save_lora(state.denoiser, state.folder/f"lora{step.epoch}")
+        images, row = measure(load_lora(load_pipeline("tiny"), state.folder/f"lora{step.epoch}"), judge, w)
+        path.append(dict(epoch=step.epoch, **row, fall=1 - row["kb_mean"]/base["kb_mean"]))
+        if step.epoch == n: after = images
+        print({k: round(v, 3) for k, v in path[-1].items()}, flush=True)
+        start = time.perf_counter()
+    rows = [{k: round(v, 5) for k, v in r.items()} for r in read_metrics(state.folder)]
+    return after, next(p for p in path if p["epoch"] == n), path, minutes, rows
+
+
 def main(jobs=JOBS, threads=2):
     torch.set_num_threads(threads)
     judge, path, base = load_classifier(), HERE.with_suffix(".json"), {}
@@ -41,19 +59,17 @@ def main(jobs=JOBS, threads=2):
         log = json.loads(path.read_text()) if path.exists() else dict(command="python experiments/main_job.py", runs={})
         if job in log["runs"]: continue
         with tempfile.TemporaryDirectory() as tmp:
-            config, start = dataclasses.replace(JOBS[job], logdir=tmp), time.perf_counter()
-            folder = fit(config)
-            minutes = (time.perf_counter() - start)/60
+            config = dataclasses.replace(JOBS[job], logdir=tmp)
             w = config.eval_guidance_scale
             if w not in base: base[w] = measure(load_pipeline("tiny"), judge, w)
-            (before, a), (after, b) = base[w], measure(load_lora(load_pipeline("tiny"), folder), judge, w)
-            rows = [{k: round(v, 5) for k, v in r.items()} for r in read_metrics(folder)]
+            before, a = base[w]
+            after, b, measured, minutes, rows = run(config, judge, a)
         if job not in ("1", "2"):
             name = "main_job" if job == "0" else f"main_job_{job}"
             before_after(before[:45][::3][:10], after[:45][::3][:10], PROMPTS[:45][::3][:10], n_cols=10).savefig(HERE.with_name(f"{name}.png"))
         log = json.loads(path.read_text()) if path.exists() else log                      # another process may have finished a seed
         changed = {k: v for k, v in dataclasses.asdict(JOBS[job]).items() if v != getattr(TrainConfig, k)}
-        log["runs"][job] = dict(config=changed, guidance_scale=w, before=a, after=b, fall=1 - b["kb_mean"]/a["kb_mean"], minutes=round(minutes, 1), threads=threads, rows=rows)
+        log["runs"][job] = dict(config=changed, guidance_scale=w, before=a, after=b, fall=b["fall"], minutes=round(minutes, 1), threads=threads, measured=measured, rows=rows)
         log["runs"] = dict(sorted(log["runs"].items()))
         path.write_text(json.dumps(log, indent=1) + "\n")
         print(f"job {job}: {a['kb_mean']:.3f} -> {b['kb_mean']:.3f} kB, accuracy {a['accuracy']:.0%} -> {b['accuracy']:.0%}, {minutes:.1f} min", flush=True)

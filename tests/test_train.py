@@ -158,6 +158,14 @@ def test_an_offloaded_reward_waits_on_the_cpu(tmp_path):
     assert reward.moves[3:] == ["scored"]
 
 
+def test_pictures_of_before_and_after_are_drawn_at_their_own_guidance(tmp_path):
+    state = T.setup(small(tmp_path, eval_num_images=3, eval_guidance_scale=3.))
+    images, prompts, _ = T._evaluate(state)
+    assert state.denoiser.guidance_scale == 1.
+    guided = fixed_seed_images(StableDiffusion(load_pipeline("tiny"), 3.), prompts, seed=0, n_steps=6, batch_size=8)
+    torch.testing.assert_close(images, guided, atol=1e-5, rtol=0)
+
+
 def test_resume_refuses_what_is_no_checkpoint_or_another_configuration(tmp_path):
     for _ in T.train(small(tmp_path, run_name="a", num_epochs=1)): pass
     (tmp_path/"empty").mkdir()
