@@ -216,9 +216,10 @@ def tiny_aesthetic():  # -> AestheticScore
     reward.name = "tiny_aesthetic"
     return reward
 
-# %% ../nbs/91_tiny_clip.ipynb #14df6a06
+# %% ../nbs/91_tiny_clip.ipynb #edaa9acc
 def build_twins(folder,  # where open_clip's files and the two heads go
                 clip_steps=1200, head_steps=2000,  # optimizer steps
+                n=12_000,  # pairs, and pictures, for the heads
                 log=print,  # called with a line now and then
                 ):  # -> the folder
     "Train CLIP, preference head and aesthetic head from nothing."
@@ -227,7 +228,7 @@ def build_twins(folder,  # where open_clip's files and the two heads go
     clip, tokenizer = make_clip()
     folder = save_clip(train_clip(clip, tokenizer, clip_steps, log), tokenizer, folder)
     reward = CLIPReward(f"local-dir:{folder}", None)
-    for name, head in dict(preference=train_preference(reward, steps=head_steps, log=log), aesthetic=train_aesthetic(reward, steps=head_steps, log=log)).items():
+    for name, head in dict(preference=train_preference(reward, n, head_steps, log), aesthetic=train_aesthetic(reward, n, head_steps, log)).items():
         save_file({k: v.contiguous() for k, v in head.state_dict().items()}, folder/f"{name}.safetensors")
     return folder
 

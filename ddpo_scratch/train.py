@@ -31,7 +31,7 @@ from .prompts import get_prompt_fn
 from .rewards import RewardWorkers, compute_rewards, get_reward
 from .rollout import Rollout, generator_for, sample, step_log_prob, trainable_steps
 
-# %% ../nbs/11_train.ipynb #f6e4a1f3
+# %% ../nbs/11_train.ipynb #6e74c124
 @dataclass(frozen=True)
 class TrainConfig:
     "What a run does; its defaults fine-tune the embedded model for JPEG compressibility on two CPU cores."
@@ -46,7 +46,7 @@ class TrainConfig:
     lora_alpha: int = 8  # scale of the LoRA is lora_alpha / lora_rank
     lora_targets: str = "attention"  # "attention" (the literature) or "all" (convolutions too)
     seed: int = 0  # of every draw in the run
-    num_epochs: int = 11  # epochs; the default stops before over-optimisation
+    num_epochs: int = 10  # epochs; the default stops before over-optimisation
     sample_num_steps: int = 20  # denoising steps T
     sample_eta: float = 1.0  # DDIM's eta; a policy gradient needs eta > 0
     sample_guidance_scale: float = 1.0  # w of classifier-free guidance, in sampling and in training

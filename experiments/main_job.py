@@ -2,14 +2,13 @@
 
     python experiments/main_job.py              # jobs 0 1 2, up and collapse; a finished job is not run again
 
-Jobs 0, 1 and 2 are seeds of the main job; "up" is 6 epochs of seed 0 with jpeg_incompressibility, the other way; "collapse" is preset tiny_collapse. Each trains with the defaults of `ddpo_train` and one epoch more; base and fine-tuned model draw the 45 animals with 2 held-out seeds each, at eval_guidance_scale.
-Writes main_job.json (sizes and classifier accuracy at the last epoch and one to either side, minutes of training, metrics of every epoch) and main_job.png, main_job_up.png, main_job_collapse.png (ten animals before and after).
+Jobs 0, 1 and 2 are seeds of the main job; "up" is 5 epochs of seed 0 with jpeg_incompressibility, the other way; "collapse" is preset tiny_collapse. Each trains with the defaults of `ddpo_train` and two epochs more; base and fine-tuned model draw the 45 animals with 2 held-out seeds each, at eval_guidance_scale.
+Writes main_job.json (sizes and classifier accuracy at the job's end and after each epoch more, minutes of training, metrics of every epoch) and main_job.png, main_job_up.png, main_job_collapse.png (ten animals before and after).
 """
 import dataclasses
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from ddpo_scratch.train import TrainConfig, preset, setup, train
 
 HERE = Path(__file__).with_suffix("")
 JOBS = {"0": preset("tiny"), "1": preset("tiny", seed=1), "2": preset("tiny", seed=2),
-        "up": preset("tiny", reward_fn="jpeg_incompressibility", num_epochs=6), "collapse": preset("tiny_collapse")}
+        "up": preset("tiny", reward_fn="jpeg_incompressibility", num_epochs=5), "collapse": preset("tiny_collapse")}
 PROMPTS, NAMES = [f"{article(a)} {a}" for a in COMMON_ANIMALS]*2, COMMON_ANIMALS*2
 
 
@@ -34,22 +33,18 @@ def measure(pipe, judge, guidance_scale):
                         accuracy=sum(a == b for a, b in zip(judge.names(images), NAMES))/len(NAMES))
 
 
-def run(config, judge, base, past=1):
-    "Train `past` epochs longer than the job asks, and measure at its end and one epoch to either side."
-    w, n, path, seconds = config.eval_guidance_scale, config.num_epochs, [], 0.
-    state, start = setup(dataclasses.replace(config, num_epochs=n + past)), time.perf_counter()
+def run(config, judge, base, past=2):
+    "Train `past` epochs longer than the job asks, and measure at its end and after each epoch more."
+    w, n, measured = config.eval_guidance_scale, config.num_epochs, []
+    state = setup(dataclasses.replace(config, num_epochs=n + past))
     for step in train(state=state):
-        if not step.metrics or step.epoch < n - 1: continue
-        seconds += time.perf_counter() - start
-        if step.epoch == n: minutes = seconds/60
-        save_lora(state.denoiser, state.folder/f"lora{step.epoch}")
-        images, row = measure(load_lora(load_pipeline("tiny"), state.folder/f"lora{step.epoch}"), judge, w)
-        path.append(dict(epoch=step.epoch, **row, fall=1 - row["kb_mean"]/base["kb_mean"]))
+        if not step.metrics or step.epoch < n: continue
+        save_lora(state.denoiser, state.folder/"lora")
+        images, row = measure(load_lora(load_pipeline("tiny"), state.folder), judge, w)
+        measured.append(dict(epoch=step.epoch, **row, fall=1 - row["kb_mean"]/base["kb_mean"]))
         if step.epoch == n: after = images
-        print({k: round(v, 3) for k, v in path[-1].items()}, flush=True)
-        start = time.perf_counter()
-    rows = [{k: round(v, 5) for k, v in r.items()} for r in read_metrics(state.folder)]
-    return after, next(p for p in path if p["epoch"] == n), path, minutes, rows
+        print({k: round(v, 3) for k, v in measured[-1].items()}, flush=True)
+    return after, measured, [{k: round(v, 5) for k, v in r.items()} for r in read_metrics(state.folder)]
 
 
 def main(jobs=JOBS, threads=2):
@@ -63,7 +58,8 @@ def main(jobs=JOBS, threads=2):
             w = config.eval_guidance_scale
             if w not in base: base[w] = measure(load_pipeline("tiny"), judge, w)
             before, a = base[w]
-            after, b, measured, minutes, rows = run(config, judge, a)
+            after, measured, rows = run(config, judge, a)
+        b, minutes = measured[0], sum(r["seconds_sampling"] + r["seconds_training"] for r in rows[:config.num_epochs])/60
         if job not in ("1", "2"):
             name = "main_job" if job == "0" else f"main_job_{job}"
             before_after(before[:45][::3][:10], after[:45][::3][:10], PROMPTS[:45][::3][:10], n_cols=10).savefig(HERE.with_name(f"{name}.png"))

@@ -70,7 +70,7 @@ def test_bradley_terry_loss_is_the_bernoulli_likelihood():
 
 
 def test_all_three_are_built_from_nothing(tmp_path):
-    folder = tiny_clip.build_twins(tmp_path/"twins", clip_steps=2, head_steps=2, log=lambda line: None)
+    folder = tiny_clip.build_twins(tmp_path/"twins", clip_steps=2, head_steps=2, n=500, log=lambda line: None)
     shipped = {p.name for p in tiny_clip.FOLDER.iterdir()}
     assert shipped <= {p.name for p in folder.iterdir()}
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
