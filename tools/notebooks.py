@@ -200,6 +200,7 @@ def execute(nb, also=()):
     env = dict(os.environ, PYTHONHASHSEED="0", PYTHONPATH=os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     env.setdefault("HF_HUB_OFFLINE", "1")
+    env.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm asks for widgets that nothing here needs
     env.setdefault("WANDB_MODE", "disabled")
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not another of the same name
     client = Client(nb, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(NBS)}},
