@@ -172,7 +172,7 @@ def test_resume_refuses_what_is_no_checkpoint_or_another_configuration(tmp_path)
     for where in (tmp_path/"empty", tmp_path/"missing"):
         with pytest.raises(ValueError, match="no checkpoint in"): T.find_checkpoint(where)
     assert T.find_checkpoint("latest", tmp_path) == T.find_checkpoint(tmp_path/"a")
-    with pytest.raises(ValueError, match="train_learning_rate was 0.001, now 0.5"):
+    with pytest.raises(ValueError, match="train_learning_rate was 0.002, now 0.5"):
         next(T.train(small(tmp_path, num_epochs=3, train_learning_rate=.5, resume_from=str(tmp_path/"a"))))
     with pytest.raises(ValueError, match="already finished epoch 1"): next(T.train(small(tmp_path, num_epochs=1, resume_from=str(tmp_path/"a"))))
 
