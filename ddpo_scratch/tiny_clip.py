@@ -132,7 +132,17 @@ def bradley_terry_loss(chosen, rejected,  # (b,) scores
     "Minus the mean log-likelihood of the choices (Bradley and Terry 1952)."
     return -F.logsigmoid(chosen - rejected).mean()
 
-# %% ../nbs/91_tiny_clip.ipynb #f2ac3318
+# %% ../nbs/91_tiny_clip.ipynb #b21af0d7
+def _train_head(name, head, loss_of, n, steps, lr, g, log):
+    "AdamW on batches of 256 of n examples, with a cosine plan; both heads are trained so."
+    opt = torch.optim.AdamW(head.parameters(), lr, weight_decay=1e-2)
+    plan = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    for step in range(steps):
+        loss = loss_of(torch.randint(n, (256,), generator=g))
+        opt.zero_grad(); loss.backward(); opt.step(); plan.step()
+        if step % 500 == 0: log(f"{name} step {step}: loss {loss.item():.3f}")
+    return head.eval()
+
 def train_preference(clip,  # CLIPReward
                      n_pairs=12_000,  # composed for training
                      steps=2000,  # optimizer steps of 256 pairs
@@ -148,14 +158,7 @@ def train_preference(clip,  # CLIPReward
         parts.append((v[swap], v[(swap + 500) % 1000], w))
     won, lost, w = (torch.cat(p) for p in zip(*parts))
     head = PreferenceHead(w.shape[1])
-    opt = torch.optim.AdamW(head.parameters(), 2e-3, weight_decay=1e-2)
-    plan = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    for step in range(steps):
-        i = torch.randint(len(w), (256,), generator=g)
-        loss = bradley_terry_loss(head(won[i], w[i]), head(lost[i], w[i]))
-        opt.zero_grad(); loss.backward(); opt.step(); plan.step()
-        if step % 500 == 0: log(f"preference step {step}: loss {loss.item():.3f}")
-    return head.eval()
+    return _train_head("preference", head, lambda i: bradley_terry_loss(head(won[i], w[i]), head(lost[i], w[i])), len(w), steps, 2e-3, g, log)
 
 class TinyPreference(CLIPReward):
     "Bradley-Terry score of a picture for its prompt, in nats: the difference of two is the log-odds of the choice."
@@ -177,7 +180,7 @@ def tiny_preference():  # -> TinyPreference
     "The shipped preference reward."
     return TinyPreference()
 
-# %% ../nbs/91_tiny_clip.ipynb #a177da86
+# %% ../nbs/91_tiny_clip.ipynb #ab92a7ec
 _RATING = dict(gradient=8., orange=7., red=6.5, yellow=6.5, pink=6.5, purple=5.5, white=5., textured=5., blue=4., green=4., grey=3., striped=2., checked=2.)
 
 def aesthetic_taste(scenes,  # (b, 4) of draw_scenes
@@ -201,14 +204,7 @@ def train_aesthetic(clip,  # CLIPReward
         parts.append((v, aesthetic_taste(scenes) + .5*torch.randn(500, generator=g)))
     v, rating = (torch.cat(p) for p in zip(*parts))
     head = aesthetic_head(v.shape[1])
-    opt = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=1e-2)
-    plan = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    for step in range(steps):
-        i = torch.randint(n, (256,), generator=g)
-        loss = F.mse_loss(head(v[i])[:, 0], rating[i])
-        opt.zero_grad(); loss.backward(); opt.step(); plan.step()
-        if step % 500 == 0: log(f"aesthetic step {step}: loss {loss.item():.3f}")
-    return head.eval()
+    return _train_head("aesthetic", head, lambda i: F.mse_loss(head(v[i])[:, 0], rating[i]), len(v), steps, 1e-3, g, log)
 
 def tiny_aesthetic():  # -> AestheticScore
     "The shipped aesthetic reward: sunsets are beautiful."
