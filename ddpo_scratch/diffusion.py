@@ -48,21 +48,27 @@ def _grid(schedule, n_steps):
     _check_start(schedule, n_steps, int(listed[0]))
     return torch.tensor([*listed, -1]).long()
 
-# %% ../nbs/00_diffusion.ipynb #2fdc5583
-def _table(schedule, device):
-    "abar_final, abar[0], abar[1], ... in float32, copied to each device once"
-    tables = vars(schedule).setdefault("_tables", {})
-    if device not in tables:
-        tables[device] = torch.cat([torch.tensor([schedule.abar_final]), schedule.abar.cpu()]).float().to(device)
-    return tables[device]
+# %% ../nbs/00_diffusion.ipynb #7eef7629
+def _wide(x):
+    "float16 and bfloat16 as float32; float32 and float64 as they are"
+    return x if x.dtype == torch.float64 else x.float()
 
-# %% ../nbs/00_diffusion.ipynb #9a5b0af4
+def _table(schedule, device, dtype):
+    "abar_final, abar[0], abar[1], ... in float32 or float64, copied to each device once"
+    tables = vars(schedule).setdefault("_tables", {})
+    if (device, dtype) not in tables:
+        first = torch.tensor([schedule.abar_final], dtype=torch.float64)
+        tables[device, dtype] = torch.cat([first, schedule.abar.cpu()]).to(dtype).to(device)
+    return tables[device, dtype]
+
+# %% ../nbs/00_diffusion.ipynb #eb35ea24
 def _abar_at(schedule, t, like):
     "Body of `Schedule.at`"
     t = torch.as_tensor(t, device=like.device).reshape(-1)
     if len(t) not in (1, len(like)):
         raise ValueError(f"t has {len(t)} entries for a batch of {len(like)}: give one timestep, or one per sample")
-    return _table(schedule, like.device)[t + 1].expand(len(like)).reshape(-1, *[1] * (like.dim() - 1))
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return _table(schedule, like.device, dtype)[t + 1].expand(len(like)).reshape(-1, *[1] * (like.dim() - 1))
 
 # %% ../nbs/00_diffusion.ipynb #82e79687
 def _as_ddim(config):
@@ -76,7 +82,7 @@ def _as_ddim(config):
         warnings.warn("this scheduler clips its predicted x0; Schedule does not, and samples will differ where it would have")
     return DDIMScheduler.from_config(config)
 
-# %% ../nbs/00_diffusion.ipynb #96c3053b
+# %% ../nbs/00_diffusion.ipynb #1d853410
 @dataclass(frozen=True, eq=False)
 class Schedule:
     "How much noise there is at each timestep, what the network predicts, which timesteps sampling visits"
@@ -97,7 +103,7 @@ class Schedule:
                    ddim.config.timestep_spacing, ddim.config.steps_offset)
     def grid(self, n_steps):          # 1 .. n_train -> (n_steps+1,) long, noisy to clean, last entry -1
         return _grid(self, n_steps)
-    def at(self, t, like):            # int or (b,) long, (b, ...) -> abar_t (b, 1, ...) float32 on like.device
+    def at(self, t, like):            # int or (b,) long, (b, ...) -> abar_t (b, 1, ...) on like.device, float32 or wider
         return _abar_at(self, t, like)
 
 # %% ../nbs/00_diffusion.ipynb #73c62a60
@@ -119,33 +125,33 @@ def _as_prediction(x0, eps, t, schedule):
     abar_t = schedule.at(t, x0)
     return abar_t.sqrt() * eps - (1 - abar_t).sqrt() * x0   # v (Salimans & Ho 2022, arXiv 2202.00512, app. D)
 
-# %% ../nbs/00_diffusion.ipynb #277df158
+# %% ../nbs/00_diffusion.ipynb #c3055f10
 def pred_x0(
     x_t,                # (b, ...) noisy latents
     pred,               # (b, ...) the network's prediction, in schedule.prediction_type
     t,                  # int or (b,) long
     schedule,           # Schedule
-):                      # -> (b, ...) float32
+):                      # -> (b, ...) float32 or wider
     "The clean latent that a prediction implies (DDIM, arXiv 2010.02502, eq. 9, and its kin for v)"
     abar_t = schedule.at(t, x_t)
     if schedule.prediction_type == "epsilon": return (x_t - (1 - abar_t).sqrt() * pred) / abar_t.sqrt()
     if schedule.prediction_type == "v_prediction": return abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * pred
-    return pred.float()
+    return _wide(pred)
 
-# %% ../nbs/00_diffusion.ipynb #9698baae
+# %% ../nbs/00_diffusion.ipynb #10092321
 def pred_eps(
     x_t,                # (b, ...) noisy latents
     pred,               # (b, ...) the network's prediction, in schedule.prediction_type
     t,                  # int or (b,) long, not -1
     schedule,           # Schedule
-):                      # -> (b, ...) float32
+):                      # -> (b, ...) float32 or wider
     "The noise that a prediction implies: the other half of `pred_x0`"
     abar_t = schedule.at(t, x_t)
-    if schedule.prediction_type == "epsilon": return pred.float()
+    if schedule.prediction_type == "epsilon": return _wide(pred)
     if schedule.prediction_type == "v_prediction": return abar_t.sqrt() * pred + (1 - abar_t).sqrt() * x_t
     return (x_t - abar_t.sqrt() * pred) / (1 - abar_t).sqrt()
 
-# %% ../nbs/00_diffusion.ipynb #a5ec4ed0
+# %% ../nbs/00_diffusion.ipynb #144d6b1b
 def ddim_mean_std(
     x_t,                # (b, ...) noisy latents
     pred,               # (b, ...) the network's prediction; gradients flow through it
@@ -153,7 +159,7 @@ def ddim_mean_std(
     t_next,             # int or (b,) long, where the step lands; -1 is clean
     schedule,           # Schedule
     eta,                # 0 (deterministic) .. 1 (as random as DDPM)
-):                      # -> mean (b, ...) float32, std (b, 1, ...) float32
+):                      # -> mean (b, ...), std (b, 1, ...), both float32 or wider
     "One denoising step as a Gaussian: mean (DDIM, arXiv 2010.02502, eq. 12) and standard deviation (eq. 16)"
     if not 0 <= eta <= 1: raise ValueError(f"eta={eta} is out of range: use 0 (deterministic) to 1 (DDPM)")
     abar_t, abar_next = schedule.at(t, x_t), schedule.at(t_next, x_t)
@@ -204,10 +210,10 @@ def _gaussian_prediction(x_t, t, mu, s, schedule):
     r = (x_t - abar_t.sqrt() * mu) / (abar_t * s**2 + 1 - abar_t)   # (x_t - its mean) / its variance
     return _as_prediction(mu + abar_t.sqrt() * s**2 * r, (1 - abar_t).sqrt() * r, t, schedule)
 
-# %% ../nbs/00_diffusion.ipynb #e94a582e
+# %% ../nbs/00_diffusion.ipynb #5cc56b28
 def _as_pictures(x0):
     "Latents in [-1, 1] as images (b, 3, h, w) in [0, 1]; channels repeat up to three, vectors become one row"
-    x0 = x0.float() if x0.dim() == 4 else x0.float().reshape(len(x0), 1, 1, -1)
+    x0 = _wide(x0) if x0.dim() == 4 else _wide(x0).reshape(len(x0), 1, 1, -1)
     return (x0[:, [i % x0.shape[1] for i in range(3)]] / 2 + 0.5).clamp(0, 1)
 
 # %% ../nbs/00_diffusion.ipynb #1fe2dd37
@@ -234,16 +240,16 @@ class GaussianDenoiser(Denoiser):
         try: yield self
         finally: self.mu.data = trained
 
-# %% ../nbs/00_diffusion.ipynb #038c022c
+# %% ../nbs/00_diffusion.ipynb #669e2865
 def eps_loss(
     denoiser,           # Denoiser; gradients flow into it
     x0,                 # (b, ...) clean latents
     eps,                # (b, ...) standard normal noise
     t,                  # int or (b,) long
     c,                  # Conditioning of the b samples
-):                      # -> (b,) mean squared error over dimensions, float32
+):                      # -> (b,) mean squared error over dimensions, float32 or wider
     "The denoising loss per sample (DDPM, arXiv 2006.11239, eq. 14), on the network's own target: eps, v or x0"
     t = torch.as_tensor(t, device=x0.device).expand(len(x0))
     x_t = add_noise(x0, eps, t, denoiser.schedule)
     target = _as_prediction(x0, eps, t, denoiser.schedule)
-    return (denoiser(x_t, t, c).float() - target.float()).square().flatten(1).mean(1)
+    return (_wide(denoiser(x_t, t, c)) - _wide(target)).square().flatten(1).mean(1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['generator_for', 'gaussian_log_prob', 'policy', 'Rollout', 'trainable_steps', 'sample', 'step_log_prob',
-           'replay_log_prob']
+           'replay_log_prob', 'step_kl']
 
 # %% ../nbs/05_rollout.ipynb #787e8817
 import math
@@ -32,43 +32,47 @@ def generator_for(
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
-# %% ../nbs/05_rollout.ipynb #190383ca
+# %% ../nbs/05_rollout.ipynb #a9d6c35b
+def _wide(x):
+    "float16 and bfloat16 as float32; float32 and float64 as they are"
+    return x if x.dtype == torch.float64 else x.float()
+
 def gaussian_log_prob(
     x,                  # (b, ...) where the density is asked
     mean,               # (b, ...); gradients flow through it
     std,                # (b, 1, ...) or broadcastable, >= 0
     reduce="mean",      # "mean" over dimensions, or "sum": the joint log-density
-):                      # -> (b,) float32
+):                      # -> (b,) float32 or wider
     "log N(x; mean, std^2) per sample (DDPO, arXiv 2305.13301, sec. 4.2); 0 where std is 0 and there is no density"
     if reduce not in ("mean", "sum"): raise ValueError(f"reduce={reduce!r} is unknown: use mean or sum")
-    x, mean, std = x.float(), mean.float(), std.float().expand_as(x)
+    x, mean, std = _wide(x), _wide(mean), _wide(std).expand_as(x)
     safe = torch.where(std > 0, std, 1.)
     log_prob = -((x - mean) / safe).square() / 2 - safe.log() - math.log(2 * math.pi) / 2
     log_prob = torch.where(std > 0, log_prob, 0.).flatten(1)
     return log_prob.mean(1) if reduce == "mean" else log_prob.sum(1)
 
-# %% ../nbs/05_rollout.ipynb #1563afe9
+# %% ../nbs/05_rollout.ipynb #aaf1b408
 def policy(
     denoiser,           # Denoiser
-    x_t,                # (b, *latent) in any float dtype; the network sees it in float32
+    x_t,                # (b, *latent) in any float dtype; the network sees it in float32, or in float64 if it is that
     t,                  # int or (b,) long
     t_next,             # int or (b,) long
     c,                  # Conditioning of the b samples
     eta,                # 0 .. 1
-):                      # -> mean (b, *latent) float32, std (b, 1, ...) float32
+):                      # -> mean (b, *latent), std (b, 1, ...), both float32 or wider
     "The Gaussian from which the next latent is drawn: pi(a | s) = p(x_next | x_t, c) (DDPO, arXiv 2305.13301, sec. 4.2)"
     t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
     t_next = torch.as_tensor(t_next, device=x_t.device).expand(len(x_t))
-    x_t = x_t.float()
+    x_t = _wide(x_t)
     return ddim_mean_std(x_t, denoiser(x_t, t, c), t, t_next, denoiser.schedule, eta)
 
-# %% ../nbs/05_rollout.ipynb #7c51e300
+# %% ../nbs/05_rollout.ipynb #89dcf8c2
 @dataclass
 class Rollout:
     "b trajectories of T steps: states and actions in one tensor, and the log-probs they were drawn with"
     xs: torch.Tensor         # (b, T+1, *latent): x_T first, x_0 last
     timesteps: torch.Tensor  # (T+1,) long, noisy to clean, last is -1
-    log_probs: torch.Tensor  # (b, T) float32, mean over dimensions; 0 where a step has no density
+    log_probs: torch.Tensor  # (b, T) float32 or wider, mean over dimensions; 0 where a step has no density
     c: Conditioning          # of the b samples
 
     @property
@@ -130,7 +134,7 @@ def sample(
         log_probs.append(gaussian_log_prob(xs[-1], mean, std))
     return Rollout(torch.stack(xs, 1), grid, torch.stack(log_probs, 1), c)
 
-# %% ../nbs/05_rollout.ipynb #a8ace05a
+# %% ../nbs/05_rollout.ipynb #4fdb02e0
 def step_log_prob(
     denoiser,           # Denoiser; gradients flow into it
     x_t,                # (b, *latent) state
@@ -139,19 +143,34 @@ def step_log_prob(
     t_next,             # int or (b,) long
     c,                  # Conditioning of the b samples
     eta,                # as in sampling, > 0 .. 1
-):                      # -> (b,) float32, mean over dimensions
+):                      # -> (b,) float32 or wider, mean over dimensions
     "log pi(x_next | x_t, c) under the present weights"
     mean, std = policy(denoiser, x_t, t, t_next, c, eta)
     return gaussian_log_prob(x_next, mean, std)
 
-# %% ../nbs/05_rollout.ipynb #8b2a55ea
+# %% ../nbs/05_rollout.ipynb #144b406a
 def replay_log_prob(
     denoiser,           # Denoiser; gradients flow into it
     rollout,            # Rollout of b samples
     eta,                # as in sampling
     steps=None,         # indices of steps, default all
-):                      # -> (b, len(steps)) float32
+):                      # -> (b, len(steps)) float32 or wider
     "Log-probs of a stored rollout under the present weights, step by step"
     xs, ts = rollout.xs, rollout.timesteps
     steps = range(rollout.n_steps) if steps is None else [int(i) for i in steps]
     return torch.stack([step_log_prob(denoiser, xs[:, i], xs[:, i+1], ts[i], ts[i+1], rollout.c, eta) for i in steps], 1)
+
+# %% ../nbs/05_rollout.ipynb #282c5c14
+def step_kl(
+    denoiser,           # Denoiser with a reference; gradients flow into the policy's mean
+    x_t,                # (b, *latent) state
+    t,                  # int or (b,) long
+    t_next,             # int or (b,) long
+    c,                  # Conditioning of the b samples
+    eta,                # 0 .. 1
+):                      # -> (b,) float32 or wider, >= 0, mean over dimensions; 0 where std is 0
+    "KL(policy || reference) of one step's Gaussians, per dimension (the penalty of DPOK, arXiv 2305.16381)"
+    mean, std = policy(denoiser, x_t, t, t_next, c, eta)
+    with torch.no_grad(), denoiser.reference(): mean_ref, _ = policy(denoiser, x_t, t, t_next, c, eta)
+    z = (mean - mean_ref) / torch.where(std > 0, std, 1.)
+    return torch.where(std > 0, z.square() / 2, 0.).flatten(1).mean(1)

@@ -14,11 +14,11 @@ import torch
 
 from .diffusion import Conditioning, Denoiser, Schedule
 
-# %% ../nbs/01_sd.ipynb #0d71035a
+# %% ../nbs/01_sd.ipynb #5358cf9e
 TINY = Path(__file__).parent/"tiny_model" if "__file__" in globals() else None
 
 def load_pipeline(name="tiny",  # "tiny", a folder in diffusers' format, or an id on the hub
-                  dtype=torch.float32,  # of the weights; training wants float32, or bfloat16 on a GPU
+                  dtype=torch.float32,  # of the weights; training wants float32, or bfloat16 on a GPU; float64 to check gradients
                   device="cpu",  # "cpu", "cuda", ...
                   ):  # -> diffusers.StableDiffusionPipeline
     "Load a Stable Diffusion 1.x pipeline without its safety checker, which the tiny and most fine-tuned models lack."
@@ -32,7 +32,11 @@ def load_pipeline(name="tiny",  # "tiny", a folder in diffusers' format, or an i
     for part in (pipe.text_encoder, pipe.unet, pipe.vae): torch.nn.Module.to(part, device, dtype)
     return pipe
 
-# %% ../nbs/01_sd.ipynb #d36e21c0
+# %% ../nbs/01_sd.ipynb #132cd317
+def _wide(x):
+    "float16 and bfloat16 as float32; float32 and float64 as they are"
+    return x if x.dtype == torch.float64 else x.float()
+
 class StableDiffusion(Denoiser):
     "Stable Diffusion 1.x as a `Denoiser`: latents (b, 4, h/8, w/8), or h/4 for the tiny model; pictures in [0, 1]."
     def __init__(self, pipe,  # a diffusers StableDiffusionPipeline
@@ -79,7 +83,7 @@ class StableDiffusion(Denoiser):
                ):  # -> (b, 3, h, w) pictures in [0, 1], differentiable except where clamped
         vae = self.pipe.vae
         x = vae.decode((x0/vae.config.scaling_factor).to(vae.dtype)).sample
-        return (x.float()/2 + .5).clamp(0, 1)
+        return (_wide(x)/2 + .5).clamp(0, 1)
 
     def keep_reference(self):
         "Keep a frozen copy of the U-Net for `reference`: needed under full fine-tuning only, a LoRA is switched off instead."
@@ -98,7 +102,7 @@ class StableDiffusion(Denoiser):
             finally: self.unet = trained
         else: raise ValueError("no reference policy: add a LoRA, or call keep_reference() before full fine-tuning starts")
 
-# %% ../nbs/01_sd.ipynb #c0f85158
+# %% ../nbs/01_sd.ipynb #2c4046c8
 _attention = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS = {"attention": _attention,
                 "all": _attention + ["proj_in", "proj_out", "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]}
@@ -108,7 +112,7 @@ def add_lora(denoiser,  # a StableDiffusion
              alpha=None,  # scale is alpha / rank; default: alpha = rank
              targets="attention",  # a key of LORA_TARGETS, or a list of module names
              seed=0,  # of A's initial values; B is zero
-             ):  # -> list of the adapter's parameters, float32, trainable; all others are frozen
+             ):  # -> list of the adapter's parameters, float32 or wider, trainable; all others are frozen
     "Freeze the U-Net and add a fresh LoRA to it through peft."
     from peft import LoraConfig
     unet = denoiser.pipe.unet
@@ -122,7 +126,7 @@ def add_lora(denoiser,  # a StableDiffusion
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian",
                                     target_modules=LORA_TARGETS[targets] if isinstance(targets, str) else list(targets)))
     params = [p for p in unet.parameters() if p.requires_grad]
-    for p in params: p.data = p.data.float()
+    for p in params: p.data = _wide(p.data)
     return params
 
 # %% ../nbs/01_sd.ipynb #9ada6b7a

@@ -265,6 +265,46 @@ def test_half_inputs_give_float32(dtype):
         assert_close(mean, ddim_mean_std(x_t.float(), pred.float(), 500, 480, s, 1.)[0])
 
 
+# ---------------------------------------------------------------- precision
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_float64_goes_through(kind):
+    "Schedule, conversions, step, loss and the closed-form denoiser stay in float64, and agree with float32 to rounding"
+    s, t, t_next = schedule(prediction_type=kind), torch.tensor([981, 501, 1]), torch.tensor([961, 481, -1])
+    x, p = randn(3, 4, 8, 8).double(), randn(3, 4, 8, 8, seed=1).double()
+    narrow, wide = GaussianDenoiser(s, (4, 8, 8), .3), GaussianDenoiser(s, (4, 8, 8), .3).double()
+    calls = dict(at=lambda d, x, p: s.at(t, x), noisy=lambda d, x, p: add_noise(x, p, t, s), x0=lambda d, x, p: pred_x0(x, p, t, s),
+                 eps=lambda d, x, p: pred_eps(x, p, t, s), mean=lambda d, x, p: ddim_mean_std(x, p, t, t_next, s, .7)[0],
+                 std=lambda d, x, p: ddim_mean_std(x, p, t, t_next, s, .7)[1], loss=lambda d, x, p: eps_loss(d, x, p, t, None),
+                 denoiser=lambda d, x, p: d(x, t, None), guess=lambda d, x, p: d.eps(x, t, None), pictures=lambda d, x, p: d.decode(x))
+    for name, call in calls.items():
+        a, b = call(wide, x, p), call(narrow, x.float(), p.float())
+        assert a.dtype == torch.float64 and b.dtype == torch.float32, name
+        assert_close(a.float(), b, atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_the_float64_table_is_not_a_rounded_one():
+    s = Schedule(torch.linspace(.999, .001, 1000, dtype=torch.float64) ** 2, .9999)
+    x = torch.zeros(3, 1, dtype=torch.float64)
+    assert torch.equal(s.at(torch.tensor([-1, 0, 500]), x).flatten(), torch.tensor([.9999, s.abar[0], s.abar[500]], dtype=torch.float64))
+    assert torch.equal(s.at(500, x.float()).double()[0], s.abar[500].float().double()[None])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_step_in_float32_is_the_formula_in_float32(kind, dtype):
+    "Bit for bit: a float32 table, then eq. 9, 16 and 12 written out; runs and weights on record depend on it"
+    s, x, p = schedule(prediction_type=kind), randn(2, 4, 8, 8).to(dtype), randn(2, 4, 8, 8, seed=1).to(dtype)
+    table = torch.cat([torch.tensor([s.abar_final]), s.abar]).float()
+    for t, t_next in ((981, 961), (21, 1), (1, -1)):
+        a, b = table[t + 1].expand(2).view(2, 1, 1, 1), table[t_next + 1].expand(2).view(2, 1, 1, 1)
+        x0 = {"epsilon": (x - (1 - a).sqrt() * p) / a.sqrt(), "sample": p.float(), "v_prediction": a.sqrt() * x - (1 - a).sqrt() * p}[kind]
+        eps = {"epsilon": p.float(), "sample": (x - a.sqrt() * p) / (1 - a).sqrt(), "v_prediction": a.sqrt() * p + (1 - a).sqrt() * x}[kind]
+        std = .7 * ((1 - b) / (1 - a) * (1 - a / b)).clamp(min=0).sqrt()
+        mean, ours = b.sqrt() * x0 + (1 - b - std**2).clamp(min=0).sqrt() * eps, ddim_mean_std(x, p, t, t_next, s, .7)
+        assert torch.equal(ours[0], mean) and torch.equal(ours[1], std)
+
+
 # ---------------------------------------------------------------- conditioning
 
 def test_conditioning():

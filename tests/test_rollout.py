@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from ddpo_scratch.diffusion import Conditioning, Denoiser, GaussianDenoiser, Schedule, ddim_mean_std
 from ddpo_scratch.rollout import (Rollout, gaussian_log_prob, generator_for, policy, replay_log_prob, sample,
-                                  step_log_prob, trainable_steps)
+                                  step_kl, step_log_prob, trainable_steps)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SD1 = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
@@ -263,6 +263,112 @@ def test_changed_weights_change_the_ratio_and_gradients_are_right():
             d.mu[0] += h; values.append(replay_log_prob(d, r, 1.).double().sum()); d.mu[0] -= h
         assert values[0] != r.log_probs.sum()
     assert_close(grad[0].double(), (values[0] - values[1]) / 2e-2, rtol=1e-2, atol=1e-3)
+
+
+# ---------------------------------------------------------------- float64
+
+@pytest.fixture(scope="module")
+def exact():
+    "The embedded model with a LoRA, all in float64, and its parameters"
+    sd = pytest.importorskip("ddpo_scratch.sd")
+    d = sd.StableDiffusion(sd.load_pipeline("tiny", dtype=torch.float64), guidance_scale=3.)
+    params = sd.add_lora(d, rank=2)
+    with torch.no_grad():
+        for i, p in enumerate(params): p += .05 * torch.randn(p.shape, generator=generator_for(i)).double()
+    return d, params
+
+
+@torch.no_grad()
+def test_float64_goes_through_the_real_model(exact):
+    d, params = exact
+    c = d.encode(["a fox", "a cow"])
+    r = sample(d, c, 3, 1., generators(0, 1), dtype=torch.float64)
+    assert {p.dtype for p in params} == {c.cond.dtype, r.xs.dtype, r.log_probs.dtype, d.decode(r.x0).dtype} == {torch.float64}
+    assert d(r.xs[:, 0], 501, c).dtype == torch.float64
+    assert {x.dtype for x in policy(d, r.xs[:, 0], 501, 481, c, 1.)} == {step_kl(d, r.xs[:, 0], 501, 481, c, 1.).dtype} == {torch.float64}
+    assert torch.equal(replay_log_prob(d, r, 1.), r.log_probs)
+    narrow = sample(d, c, 3, 1., generators(0, 1))
+    assert torch.equal(narrow.xs[:, 0].double(), r.xs[:, 0]), "the same draws, in any dtype"
+    assert_close(narrow.xs.double(), r.xs, atol=1e-5, rtol=0)
+
+
+def test_step_log_prob_through_ppo_loss(exact):
+    "Central differences along three directions of the LoRA's weights, through the real U-Net, guidance, step, density and clip"
+    from ddpo_scratch.ppo import importance_ratio, ppo_loss
+    d, params = exact
+    r = sample(d, d.encode(["a fox", "a cow"]), 3, 1., generators(0, 1), dtype=torch.float64)
+    kept = [p.detach().clone() for p in params]
+    def move(direction, far):
+        with torch.no_grad():
+            for p, k, v in zip(params, kept, direction): p.copy_(k + far * v)
+    directions = [[torch.randn(p.shape, generator=generator_for(n, i)).double() for i, p in enumerate(params)] for n in range(4)]
+    try:
+        move(directions[3], 5e-3); kept = [p.detach().clone() for p in params]   # off the old policy
+        row, step, advantage = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 2, 2]), torch.tensor([1., -2., .5, 1.5]).double()
+        log_prob = lambda: step_log_prob(d, r.xs[row, step], r.xs[row, step + 1], r.timesteps[step], r.timesteps[step + 1], r.c[row], 1.)
+        far = (importance_ratio(log_prob(), r.log_probs[row, step]) - 1).abs().detach()
+        loss = lambda: ppo_loss(log_prob(), r.log_probs[row, step], advantage, far.median().item() * 1.01)
+        grads = torch.autograd.grad(loss(), params)
+        for v in directions[:3]:
+            with torch.no_grad():
+                move(v, 1e-5); up = loss()
+                move(v, -1e-5); down = loss()
+                move(v, 0.)
+            slope = sum((g * x).sum() for g, x in zip(grads, v))
+            assert abs(slope) > 1e-5
+            assert_close((up - down) / 2e-5, slope, rtol=1e-5, atol=1e-9)
+    finally: move(directions[3], -5e-3)
+
+
+# ---------------------------------------------------------------- distance to the base model
+
+@pytest.mark.parametrize("eta", [.3, 1.])
+def test_step_kl_equals_torch_distributions(tiny, eta):
+    "With a reference that differs: the mean of torch's KL over dimensions, timesteps mixed, gradient through the policy alone"
+    import contextlib, copy
+    d = copy.deepcopy(tiny); base = copy.deepcopy(tiny.unet)
+    @contextlib.contextmanager
+    def reference():
+        trained, d.unet = d.unet, base
+        try: yield d
+        finally: d.unet = trained
+    d.reference = reference
+    x, t, t_next, c = torch.randn(3, 4, 8, 8), torch.tensor([981, 501, 1]), torch.tensor([961, 481, -1]), d.encode(list("abc"))
+    assert (step_kl(d, x, t, t_next, c, eta) == 0).all()
+    with torch.no_grad():
+        for p in d.unet.parameters(): p.mul_(1.05)
+    kl = step_kl(d, x, t, t_next, c, eta)
+    with torch.no_grad(): mean, std = policy(d, x, t, t_next, c, eta)
+    with torch.no_grad(), reference(): mean_ref, _ = policy(d, x, t, t_next, c, eta)
+    theirs = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), torch.distributions.Normal(mean_ref, std))
+    assert kl.shape == (3,) and kl.dtype == torch.float32 and (kl > 0).all()
+    assert_close(kl.detach(), theirs.flatten(1).mean(1), rtol=1e-4, atol=0)
+    kl.sum().backward()
+    assert any((p.grad != 0).any() for p in d.unet.parameters()) and all(p.grad is None for p in base.parameters())
+
+
+def test_step_kl_gradient_is_that_of_the_formula():
+    d = GaussianDenoiser(schedule(), (3,), mu=.5).double()
+    with torch.no_grad(): d.mu += .2
+    x, c = torch.randn(2, 3).double(), d.encode(["-"] * 2)
+    kl = step_kl(d, x, 501, 401, c, .8)
+    with torch.no_grad(), d.reference(): mean_ref, _ = policy(d, x, 501, 401, c, .8)
+    mean, std = policy(d, x, 501, 401, c, .8)
+    by_hand = ((mean - mean_ref)**2 / (2 * std**2)).mean(1)
+    assert_close(kl, by_hand)
+    assert_close(torch.autograd.grad(kl.sum(), d.mu)[0], torch.autograd.grad(by_hand.sum(), d.mu)[0])
+    assert torch.equal(d.mu_base, torch.full((3,), .5).double()) and (d.mu == .7).all(), "the policy is back in place"
+
+
+def test_step_kl_is_zero_without_density():
+    d = GaussianDenoiser(schedule(steps_offset=0), (3,), mu=.5)
+    with torch.no_grad(): d.mu += .2
+    x, c = torch.randn(2, 3), d.encode(["-"] * 2)
+    for t, t_next, eta in ((501, 401, 0.), (0, -1, 1.)):
+        kl = step_kl(d, x, t, t_next, c, eta)
+        assert (kl == 0).all() and (torch.autograd.grad(kl.sum(), d.mu)[0] == 0).all()
+    mixed = step_kl(d, x, torch.tensor([501, 0]), torch.tensor([401, -1]), c, 1.)
+    assert mixed[0] > 0 and mixed[1] == 0
 
 
 # ---------------------------------------------------------------- steps without density

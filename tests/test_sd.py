@@ -84,6 +84,20 @@ def test_reference_under_full_fine_tuning_is_the_kept_copy():
         assert not torch.allclose(den(x, t, c), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_precision_of_weights_adapter_and_pictures(dtype):
+    "Half-precision weights give float32 adapters and pictures, as ever; float64 stays float64"
+    den = sd.StableDiffusion(sd.load_pipeline("tiny", dtype=dtype), 3.)
+    params, at_least = sd.add_lora(den, 2), torch.float64 if dtype == torch.float64 else torch.float32
+    x, c = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0)), den.encode(["a fox"])
+    with torch.no_grad(): pictures = den.decode(x)
+    assert c.cond.dtype == dtype and {p.dtype for p in params} == {at_least} and pictures.dtype == at_least
+    plain = sd.StableDiffusion(sd.load_pipeline("tiny"), 3.)
+    with torch.no_grad():
+        assert den(x, 501, c).dtype == dtype
+        torch.testing.assert_close(den(x, 501, c).float(), plain(x, 501, plain.encode(["a fox"])), atol=1e-4 if dtype != torch.bfloat16 else .1, rtol=0)
+
+
 def test_guidance_one_costs_one_pass():
     den = sd.StableDiffusion(sd.load_pipeline("tiny"), 1.)
     seen = []
