@@ -78,7 +78,7 @@ def summarize(images,  # (n, 3, h, w) in [0, 1]
     if classify: out["accuracy"] = sum(a == b for a, b in zip(classify(images), names, strict=True))/len(names)
     return out
 
-# %% ../nbs/12_evaluate.ipynb #5ae53b2d
+# %% ../nbs/12_evaluate.ipynb #cf7377d8
 def read_metrics(run,  # a run's folder
                  ):  # -> list of dicts, one an epoch
     "The rows of metrics.jsonl."
@@ -89,13 +89,17 @@ def read_metrics(run,  # a run's folder
 def reward_curve(rows,  # of read_metrics
                  label="reward",  # of the vertical axis
                  ):  # -> matplotlib Figure
-    "Mean reward an epoch, with a band of one standard deviation of the samples."
+    "Mean reward an epoch, with a band of one standard deviation of the samples; looks at fixed-seed pictures as a second line."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(5, 3), layout="constrained", dpi=90)
     ax = fig.subplots()
     x, mean, std = (torch.tensor([r[k] for r in rows], dtype=torch.float64) for k in ("reward_queries", "reward_mean", "reward_std"))
     ax.fill_between(x, mean - std, mean + std, alpha=.2, lw=0)
     ax.plot(x, mean, marker="o", ms=3)
+    looks = [r for r in rows if "eval_reward_mean" in r]
+    if looks:
+        ax.plot([0] + [r["reward_queries"] for r in looks], [looks[0]["eval_start"]] + [r["eval_reward_mean"] for r in looks], marker="s", ms=3, label="fixed-seed pictures")
+        ax.legend(frameon=False, fontsize=8)
     ax.set(xlabel="reward queries", ylabel=label)
     ax.spines[["top", "right"]].set_visible(False)
     return fig
