@@ -9,19 +9,23 @@ from ddpo_scratch import train as T
 from ddpo_scratch.evaluate import fixed_seed_images, read_metrics
 from ddpo_scratch.prompts import COMMON_ANIMALS, article
 from ddpo_scratch.rewards import Reward, jpeg_size
+from ddpo_scratch.rollout import policy
 from ddpo_scratch.sd import StableDiffusion, load_lora, load_pipeline
 
 
 def small(tmp_path, **fields):
     return T.TrainConfig(**dict(logdir=str(tmp_path), sample_num_steps=6, sample_batch_size=8, sample_num_batches_per_epoch=1, train_batch_size=4,
-                                sample_guidance_scale=1., num_epochs=2, eval_num_images=0, lora_rank=2, lora_alpha=2) | fields)
+                                sample_guidance_scale=1., num_epochs=2, eval_num_images=0, stop_gain=0., lora_rank=2, lora_alpha=2) | fields)
 
 
 def numbers(folder): return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in read_metrics(folder)]
 
 
 @pytest.mark.parametrize("fields", [dict(per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2), dict(use_lora=False, train_learning_rate=1e-5),
-                                    dict(sample_guidance_scale=2., train_num_inner_epochs=2)], ids=["tracker", "full", "guided"])
+                                    dict(sample_guidance_scale=2., train_num_inner_epochs=2),
+                                    dict(method="rwr"), dict(method="alignprop", reward_fn="brightness", kl_weight=.1, train_gradient_accumulation_steps=2),
+                                    dict(method="draft_lv", reward_fn="brightness"), dict(method="refl", reward_fn="brightness")],
+                         ids=["tracker", "full", "guided", "rwr", "alignprop", "draft_lv", "refl"])
 def test_resumed_run_equals_uninterrupted_run(tmp_path, fields):
     whole = T.setup(small(tmp_path, run_name="whole", num_epochs=3, **fields))
     for _ in T.train(state=whole): pass
@@ -64,7 +68,7 @@ def test_ratio_is_one_in_float32_whatever_the_micro_batch(tmp_path, guidance):
     state = T.setup(small(tmp_path, sample_guidance_scale=guidance, train_micro_batch_size=5))
     samples = T.collect(state)
     with torch.no_grad():
-        for i, k in T._flat(state, samples.rollout, torch.arange(8), torch.arange(6).expand(8, 6)):
+        for i, k in T._flat(state, torch.arange(8), torch.arange(6).expand(8, 6)):
             assert (T._log_prob(state, samples.rollout, i, k) - samples.rollout.log_probs[i, k]).abs().max() <= 1e-6
 
 
@@ -112,7 +116,12 @@ def test_a_run_is_never_overwritten(tmp_path):
     (dict(sample_eta=0.), "sample_eta is 0"), (dict(train_batch_size=3), "8 x 1 = 8.*3 x 1 = 3"), (dict(method="dpo"), "unknown method 'dpo'"),
     (dict(reward_fn="jpeg_compresibility"), "did you mean jpeg_compressibility"), (dict(prompt_fn="comon_animals"), "did you mean common_animals"),
     (dict(prompt_fn="/no/such/prompts.txt"), "no file"), (dict(model="./no/such/model"), "model_index.json"), (dict(num_epochs=0), "at least 1"),
-    (dict(method="ddpo_sf"), "1 update an epoch"), (dict(mixed_precision="int8"), "allowed are"), (dict(train_timestep_fraction=0.), "allowed is")])
+    (dict(method="ddpo_sf"), "1 update an epoch"), (dict(mixed_precision="int8"), "allowed are"), (dict(train_timestep_fraction=0.), "allowed is"),
+    (dict(stop_gain=.2), "eval_num_images 0: stopping needs both"), (dict(kl_weight=-1.), "kl_weight is -1"),
+    (dict(method="alignprop", reward_fn="brightness", backprop_steps="7"), "backprop_steps is '7': expected a number from 1 to sample_num_steps = 6"),
+    (dict(method="alignprop", reward_fn="brightness", backprop_steps="5..3"), "backprop_steps is '5..3'"), (dict(method="alignprop", backprop_steps="some", reward_fn="brightness"), "'some'"),
+    (dict(method="refl", reward_fn="brightness", train_num_inner_epochs=2), "uses each sample once"), (dict(method="refl", reward_fn="brightness", kl_weight=.1), "no trajectory"),
+    (dict(method="alignprop"), "needs a differentiable reward, and 'jpeg_compressibility' is none")])
 def test_bad_configurations_are_named_and_write_nothing(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message): T.setup(small(tmp_path, **fields))
     assert not list(tmp_path.iterdir())
@@ -179,7 +188,7 @@ def test_resume_refuses_what_is_no_checkpoint_or_another_configuration(tmp_path)
 
 def test_smoke_of_the_main_job(tmp_path):
     "A few epochs of the defaults lower the JPEG size on held-out seeds; the bound is loose, experiments/main_job.py has the real effect."
-    folder = T.fit(T.TrainConfig(logdir=str(tmp_path), num_epochs=4, eval_num_images=16))
+    folder = T.fit(T.TrainConfig(logdir=str(tmp_path), num_epochs=4, eval_num_images=16, eval_freq=0, stop_gain=0.))
     report = json.loads((folder/"report.json").read_text())
     assert {"config.yaml", "metrics.jsonl", "reward_curve.png", "before_after.png", "lora", "checkpoints"} <= {p.name for p in folder.iterdir()}
     policy = StableDiffusion(load_lora(load_pipeline("tiny"), folder), T.TrainConfig.sample_guidance_scale)
@@ -187,3 +196,134 @@ def test_smoke_of_the_main_job(tmp_path):
     prompts = [f"{article(a)} {a}" for a in COMMON_ANIMALS]
     before, after = (jpeg_size(fixed_seed_images(d, prompts, seed=77, batch_size=45)).mean() for d in (base, policy))
     assert after < .97*before and report["after"]["reward_mean"] > report["before"]["reward_mean"]
+
+
+# The other methods.
+
+def gradient(state): return torch.cat([p.grad.flatten() for p in state.params])
+
+
+def held(state):
+    "A state whose optimizer steps leave the weights and the gradients as they are."
+    state.config = dataclasses.replace(state.config, train_max_grad_norm=1e9)
+    state.optimizer.step = state.optimizer.zero_grad = lambda *a, **k: None
+    return state
+
+
+def clear(state):
+    for p in state.params: p.grad = None
+
+
+def test_regression_gradient_is_that_of_the_weighted_denoising_loss_whatever_the_micro_batch(tmp_path):
+    state, grads = held(T.setup(small(tmp_path, method="rwr", rwr_beta=5.))), []
+    samples, index, steps = T.collect(state), torch.arange(8), torch.arange(6)[:3].expand(8, 3)
+    torch.testing.assert_close(samples.advantages, 8*(5.*samples.rewards.double()).softmax(0).float(), atol=1e-5, rtol=1e-4)
+    for micro in (24, 5):
+        state.config = dataclasses.replace(state.config, train_micro_batch_size=micro)
+        T.update(state, samples, index, steps)
+        state.global_step -= 1                                                       # the noise is keyed by it
+        grads.append(gradient(state))
+        clear(state)
+    eps, t = T._noise(state, 24)
+    i = index[:, None].expand(8, 3).reshape(-1)
+    T.rwr_loss(state.denoiser, samples.rollout.x0[i], eps, t, samples.rollout.c[i], samples.advantages[i]).backward()
+    for g in grads: torch.testing.assert_close(g, gradient(state), atol=1e-6, rtol=1e-3)
+
+
+def test_sparse_weights_keep_the_best_of_the_epoch(tmp_path):
+    samples = T.collect(T.setup(small(tmp_path, method="rwr_sparse", rwr_fraction=.25)))
+    assert samples.advantages.tolist() == [4. if r >= samples.rewards.sort().values[-2] else 0. for r in samples.rewards]
+
+
+def test_backprop_gradient_is_autograds_through_the_sampler(tmp_path):
+    state = held(T.setup(small(tmp_path, method="alignprop", reward_fn="brightness", backprop_steps="full", train_batch_size=4)))
+    _, rewards, _ = T.backprop_update(state, 1)
+    ours, den = gradient(state), state.denoiser
+    clear(state)
+    prompts = [T._prompt(state, k)[0] for k in range(4, 8)]
+    gens, grid = [T.generator_for(0, 0, k, "noise") for k in range(4, 8)], den.schedule.grid(6)
+    x = torch.stack([torch.randn(den.latent_shape, generator=g) for g in gens])
+    for t, t_next in zip(grid[:-1], grid[1:]):
+        mean, std = policy(den, x, t, t_next, den.encode(prompts), 1.)
+        x = mean + std*(torch.stack([torch.randn(den.latent_shape, generator=g) for g in gens]) if (std > 0).any() else 0.)
+    (-den.decode(x).mean((1, 2, 3)).mean()).backward()
+    torch.testing.assert_close(ours, gradient(state), atol=1e-7, rtol=1e-3)
+    torch.testing.assert_close(rewards, den.decode(x).mean((1, 2, 3)).detach(), atol=1e-5, rtol=0)
+
+
+def test_accumulated_backprop_equals_one_batch(tmp_path):
+    grads = []
+    for n, parts in ((8, 1), (2, 4)):
+        state = held(T.setup(small(tmp_path, method="alignprop", reward_fn="brightness", backprop_steps="2", train_batch_size=n, train_gradient_accumulation_steps=parts)))
+        T.backprop_update(state, 0)
+        grads.append(gradient(state))
+    torch.testing.assert_close(*grads, atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["ddpo_is", "ddpo_sf", "rwr", "alignprop"])
+def test_kl_penalty_is_zero_at_the_base_model_and_pulls_back_to_it(tmp_path, method):
+    nothing = lambda i, p, m: 0*i.mean((1, 2, 3))                                    # only the penalty moves the weights
+    state = T.setup(small(tmp_path, method=method, kl_weight=1., train_learning_rate=1e-3, train_batch_size=8, num_epochs=7, rwr_beta=0.), reward_fn=nothing)
+    first, *_ = T.train(state=state)
+    assert first.kl == 0
+    with torch.no_grad():
+        for p in state.params: p += .02*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    far = dataclasses.replace(state.config, num_epochs=20)
+    state.config = far
+    kls = [s.metrics["kl"] for s in T.train(state=state) if s.metrics]
+    assert kls[-1] < .7*kls[0]
+
+
+def test_a_reward_without_a_gradient_is_refused(tmp_path):
+    state = T.setup(small(tmp_path, method="alignprop"), reward_fn=lambda i, p, m: i.detach().mean((1, 2, 3)))
+    with pytest.raises(ValueError, match="returned rewards without a gradient"): next(T.train(state=state))
+
+
+def test_methods_without_a_ratio_report_none(tmp_path):
+    step, *_ = T.train(small(tmp_path, method="refl", reward_fn="brightness", num_epochs=1, run_name="a"))
+    assert step.approx_kl != step.approx_kl and "approx_kl" not in read_metrics(tmp_path/"a")[0] and step.k == 1
+    assert "NaN" not in (tmp_path/"a"/"metrics.jsonl").read_text()
+
+
+# Looking and stopping.
+
+def test_a_run_stops_at_its_gain_and_resuming_knows_it(tmp_path, monkeypatch, capsys):
+    gains = iter([1., 1.05, 1.3, 9.])
+    looked = lambda state: (torch.zeros(2, 3, 8, 8), ["a", "b"], torch.full((2,), next(gains)))
+    monkeypatch.setattr(T, "_evaluate", looked)
+    folder = T.fit(small(tmp_path, run_name="a", num_epochs=8, eval_num_images=2, eval_freq=2, stop_gain=.25))
+    rows = read_metrics(folder)
+    assert len(rows) == 4 and [r["epoch"] for r in rows if "eval_gain" in r] == [2, 4] and abs(rows[-1]["eval_gain"] - .3) < 1e-6
+    assert "stopped after epoch 4" in capsys.readouterr().out and next(gains) == 9.              # four looks were not needed: the report uses what is there
+    assert T.find_checkpoint(folder).name == "epoch_0004"
+    with pytest.raises(ValueError, match="stopped after epoch 4, where its reward had gained 30.0%"):
+        T.setup(small(tmp_path, num_epochs=8, eval_num_images=2, eval_freq=2, stop_gain=.25, resume_from=str(folder)))
+    assert not T.setup(small(tmp_path, num_epochs=8, eval_num_images=2, eval_freq=2, stop_gain=.5, resume_from=str(folder))).finished
+
+
+def test_looks_come_every_epoch_near_the_goal(tmp_path, monkeypatch):
+    state = T.setup(small(tmp_path, eval_num_images=2, eval_freq=4, stop_gain=.3))
+    state.epoch, state.eval_gain = 5, .19
+    assert not T._due(state)
+    state.eval_gain = .2
+    assert T._due(state)
+    state.epoch, state.eval_gain = 8, 0.
+    assert T._due(state)
+
+
+def test_looking_changes_no_number_of_training(tmp_path):
+    for name, freq in (("blind", 0), ("looks", 1)):
+        for _ in T.train(small(tmp_path, run_name=name, eval_num_images=2, eval_freq=freq)): pass
+    of = lambda name: [{k: v for k, v in r.items() if not k.startswith("eval")} for r in numbers(tmp_path/name)]
+    assert of("blind") == of("looks") and "eval_gain" in numbers(tmp_path/"looks")[0]
+
+
+def test_the_first_look_is_at_the_base_model_even_after_training(tmp_path):
+    state = T.setup(small(tmp_path, eval_num_images=3))
+    with torch.no_grad():
+        for p in state.params: p.add_(.05)
+    T.look(state)
+    start = state.eval_start
+    fresh = T.setup(small(tmp_path, eval_num_images=3))
+    T.look(fresh)
+    assert abs(start - fresh.eval_start) < 1e-5 and T.look(state)["eval_reward_mean"] != start
