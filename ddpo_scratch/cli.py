@@ -49,7 +49,7 @@ def parse_train(args=None,  # command line words; None reads the process's
         return check_config(read_config(folder, **given | dict(resume_from=str(folder))))
     return check_config(preset(name, **given))
 
-# %% ../nbs/14_cli.ipynb #d2ec4b53
+# %% ../nbs/14_cli.ipynb #a08a53e4
 def _quiet_libraries():
     import diffusers, transformers
     for library in (diffusers, transformers):
@@ -65,17 +65,18 @@ def _command(run, args):
 def _train(args):
     _quiet_libraries()
     c = parse_train(args)
-    print(f"{c.method} on {c.model}: {c.reward_fn} over {c.prompt_fn}; {c.num_epochs} epochs of {c.samples_per_epoch} samples and {c.updates_per_epoch} updates")
+    print(f"{c.method} on {c.model}: {c.reward_fn} over {c.prompt_fn}; at most {c.num_epochs} epochs of {c.samples_per_epoch} samples and {c.updates_per_epoch} updates")
     folder = fit(c, on_epoch=_say)
-    print(f"\nwrote {folder}: before_after.png, reward_curve.png, metrics.jsonl and {'lora/' if c.use_lora else 'pipeline/'}")
+    print(f"\nwrote {folder}: before_after.png, strip.png, reward_curve.png, metrics.jsonl and {'lora/' if c.use_lora else 'pipeline/'}")
     if (folder/"report.json").is_file(): print(_effect(folder))
-    print(f"stopped after {c.num_epochs} epochs, before over-optimisation: pushed much further the reward goes on rising and the pictures are lost; --resume_from {folder} --num_epochs N goes on")
+    print(f"pushed much further the reward goes on rising and the pictures are lost; --resume_from {folder} with a higher --stop_gain or --num_epochs goes on")
     return 0
 
 def _say(step):
     m = step.metrics
+    said = [f"{k} {m[k]:.1e}" for k in ("approx_kl", "clip_fraction", "kl") if k in m] + [f"fixed seeds {m[k]:+.1%}" for k in ("eval_gain",) if k in m]
     print(f"\nepoch {step.epoch}: reward {m['reward_mean']:.3f} ± {m['reward_std']:.3f}, {m['reward_queries']} reward queries, "
-          f"approx_kl {m['approx_kl']:.1e}, clipped {m['clip_fraction']:.0%}, {m['seconds_sampling'] + m['seconds_training']:.0f} s", flush=True)
+          + "".join(f"{x}, " for x in said) + f"{m['seconds_sampling'] + m['seconds_training']:.0f} s", flush=True)
 
 def _effect(folder):
     import json

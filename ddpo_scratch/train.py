@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'PRESETS', 'TrainConfig', 'check_config', 'preset', 'Train
            'advantages_of', 'collect', 'update', 'minibatches', 'backprop_update', 'save_checkpoint', 'find_checkpoint',
            'read_config', 'load_checkpoint', 'look', 'train', 'fit']
 
-# %% ../nbs/11_train.ipynb #ab52edab
+# %% ../nbs/11_train.ipynb #e47f3bd3
 import contextlib
 import dataclasses
 import json
@@ -28,12 +28,12 @@ from .backprop import draft_lv_sample, draw_k, refl_sample, truncated_sample
 from .evaluate import before_after, fixed_seed_images, plot_grid, read_metrics, reward_curve, summarize
 from .policy_gradient import reinforce_loss
 from .ppo import approx_kl, clip_fraction, default_clip_range, importance_ratio, ppo_loss
-from .prompts import get_prompt_fn
+from .prompts import Prompts, get_prompt_fn
 from .rewards import RewardWorkers, compute_rewards, get_reward
 from .rollout import Rollout, generator_for, sample, step_kl, step_log_prob, trainable_steps
 from .rwr import rwr_loss, softmax_weights, sparse_weights
 
-# %% ../nbs/11_train.ipynb #469a15a3
+# %% ../nbs/11_train.ipynb #495ac323
 METHODS = {"ddpo_is": "policy", "ddpo_sf": "policy", "rwr": "regression", "rwr_sparse": "regression",
            "alignprop": "backprop", "draft_lv": "backprop", "refl": "backprop"}
 
@@ -52,7 +52,7 @@ class TrainConfig:
     lora_targets: str = "attention"  # "attention" (the literature) or "all" (convolutions too)
     seed: int = 0  # of every draw in the run
     num_epochs: int = 20  # epochs at most
-    stop_gain: float = 0.24  # stop once the fixed-seed pictures' mean reward has risen by this share of its size, before over-optimisation; 0 never does
+    stop_gain: float = 0.25  # stop once the fixed-seed pictures' mean reward has risen by this share of its size, before over-optimisation; 0 never does
     sample_num_steps: int = 20  # denoising steps T
     sample_eta: float = 1.0  # DDIM's eta; a policy gradient needs eta > 0
     sample_guidance_scale: float = 1.0  # w of classifier-free guidance, in sampling and in training
@@ -64,7 +64,7 @@ class TrainConfig:
     train_micro_batch_size: int = 40  # transitions in one forward pass; bounds memory, changes no result
     train_num_inner_epochs: int = 1  # passes over an epoch's samples
     train_timestep_fraction: float = 1.0  # share of each trajectory's steps that is trained on, drawn anew for each sample
-    train_learning_rate: float = 2e-3  # of AdamW; half of it once two thirds of stop_gain are reached
+    train_learning_rate: float = 2e-3  # of AdamW; falls to a quarter over the last third of stop_gain
     train_adam_beta1: float = 0.9  # of AdamW
     train_adam_beta2: float = 0.999  # of AdamW
     train_adam_weight_decay: float = 1e-4  # of AdamW
@@ -88,7 +88,7 @@ class TrainConfig:
     save_freq: int = 1  # epochs between checkpoints; the last epoch is always saved
     num_checkpoint_limit: int = 3  # checkpoints kept
     eval_num_images: int = 45  # fixed-seed pictures compared before and after; 0 for none
-    eval_freq: int = 3  # epochs between looks at them, and every epoch once two thirds of stop_gain are reached; 0 looks before and after only
+    eval_freq: int = 3  # epochs between looks at them, and every epoch over the last third of stop_gain; 0 looks before and after only
     eval_guidance_scale: float = 3.0  # w for those pictures
     resume_from: str = ""  # a run's folder, a checkpoint in it, or "latest"
 
@@ -166,7 +166,7 @@ def preset(name,  # a key of PRESETS
     if name not in PRESETS: raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     return TrainConfig(**PRESETS[name] | fields)
 
-# %% ../nbs/11_train.ipynb #14321725
+# %% ../nbs/11_train.ipynb #34c76a66
 @dataclass
 class TrainState:
     "A run in progress."
@@ -187,7 +187,7 @@ class TrainState:
     eval_gain: float = 0.0  # its gain at the last look, as a share of its size
 
     @property
-    def close(self): return 0 < 2*self.config.stop_gain <= 3*self.eval_gain  # to the goal: look every epoch, in half steps
+    def stride(self): return min(1., max(.25, 3 - 3*self.eval_gain/self.config.stop_gain)) if self.config.stop_gain else 1.  # share of the learning rate
     @property
     def finished(self): return self.epoch >= self.config.num_epochs or 0 < self.config.stop_gain <= self.eval_gain
 
@@ -518,10 +518,14 @@ def load_checkpoint(state,  # a fresh TrainState
     for k in ("epoch", "global_step", "reward_queries", "eval_start", "eval_gain"): setattr(state, k, saved[k])
     state.folder = Path(folder).parent.parent
 
-# %% ../nbs/11_train.ipynb #107203f1
+# %% ../nbs/11_train.ipynb #3f527107
 def _eval_prompts(state):
-    pairs = [state.prompt_fn(generator_for(state.config.seed, i, "eval prompt")) for i in range(state.config.eval_num_images)]
-    return [list(x) for x in zip(*pairs)]
+    "Spread evenly over the source's list of prompts, or drawn where it has none."
+    source, n = state.prompt_fn, state.config.eval_num_images
+    if isinstance(source, Prompts) and source.prompts:
+        which = [i*len(source.prompts)//n for i in range(n)]
+        return [source.prompts[i] for i in which], [dict(source.metadata[i]) if source.metadata else {"line": i} for i in which]
+    return [list(x) for x in zip(*(source(generator_for(state.config.seed, i, "eval prompt")) for i in range(n)))]
 
 def _evaluate(state):
     cfg, den, (prompts, metadata) = state.config, state.denoiser, _eval_prompts(state)
@@ -549,7 +553,7 @@ def look(state,  # a TrainState; at its first look, the policy before training i
 
 def _due(state):
     cfg = state.config
-    return bool(cfg.eval_num_images and cfg.eval_freq and (state.close or state.epoch % cfg.eval_freq == 0))
+    return bool(cfg.eval_num_images and cfg.eval_freq and (state.stride < 1 or state.epoch % cfg.eval_freq == 0))
 
 # %% ../nbs/11_train.ipynb #fa22c27c
 def _sampled_epoch(state, seen, progress):
@@ -570,7 +574,7 @@ def _differentiated_epoch(state, seen, progress):
         seen.update(rewards=torch.cat(rewards), extras=_means(state.accelerator, extras, len(r)//state.accelerator.num_processes//state.config.train_gradient_accumulation_steps))
         yield out
 
-# %% ../nbs/11_train.ipynb #f9d71617
+# %% ../nbs/11_train.ipynb #924fdf42
 def train(config=None,  # a TrainConfig; None is the main job
           state=None,  # a TrainState of `setup`, in place of the config
           progress=iter,  # wraps the sampling batches (backpropagation: the updates) of each epoch
@@ -583,7 +587,7 @@ def train(config=None,  # a TrainConfig; None is the main job
     if cfg.eval_freq and cfg.eval_num_images and state.eval_start is None: look(state)
     while not state.finished:
         start, seen, done = time.perf_counter(), {}, []
-        for group in state.optimizer.param_groups: group["lr"] = cfg.train_learning_rate*(.5 if state.close else 1.)
+        for group in state.optimizer.param_groups: group["lr"] = cfg.train_learning_rate*state.stride
         for j, out in enumerate(steps_of(state, seen, progress)):
             done.append(out)
             step = Step(state.epoch + 1, j + 1, state.global_step, **out)

@@ -301,14 +301,30 @@ def test_a_run_stops_at_its_gain_and_resuming_knows_it(tmp_path, monkeypatch, ca
     assert not T.setup(small(tmp_path, num_epochs=8, eval_num_images=2, eval_freq=2, stop_gain=.5, resume_from=str(folder))).finished
 
 
-def test_looks_come_every_epoch_near_the_goal(tmp_path, monkeypatch):
+def test_looks_come_every_epoch_near_the_goal_in_shorter_strides(tmp_path, monkeypatch):
     state = T.setup(small(tmp_path, eval_num_images=2, eval_freq=4, stop_gain=.3))
     state.epoch, state.eval_gain = 5, .19
-    assert not T._due(state)
-    state.eval_gain = .2
-    assert T._due(state)
+    assert not T._due(state) and state.stride == 1
+    strides = []
+    for state.eval_gain in (.21, .25, .29, .35): strides.append(state.stride), T._due(state) or pytest.fail("no look near the goal")
+    torch.testing.assert_close(torch.tensor(strides), torch.tensor([.9, .5, .25, .25]))
     state.epoch, state.eval_gain = 8, 0.
     assert T._due(state)
+
+
+def test_strides_set_the_learning_rate(tmp_path):
+    state = T.setup(small(tmp_path, num_epochs=1, eval_num_images=2, eval_freq=4, stop_gain=.3))
+    state.eval_start, state.eval_gain = -1., .25
+    next(T.train(state=state))
+    assert abs(state.optimizer.param_groups[0]["lr"] - 1e-3) < 1e-9
+
+
+def test_looks_are_spread_over_the_prompts(tmp_path):
+    prompts, metadata = T._eval_prompts(T.setup(small(tmp_path, eval_num_images=45)))
+    assert prompts == [f"{article(a)} {a}" for a in COMMON_ANIMALS] and metadata[2] == {"noun": COMMON_ANIMALS[2]}
+    assert len(set(T._eval_prompts(T.setup(small(tmp_path, eval_num_images=5)))[0])) == 5
+    drawn = T._eval_prompts(T.setup(small(tmp_path, eval_num_images=3), prompt_fn=lambda g: (f"a {torch.randint(9, (1,), generator=g).item()}", {})))
+    assert len(drawn[0]) == 3
 
 
 def test_looking_changes_no_number_of_training(tmp_path):
