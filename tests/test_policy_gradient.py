@@ -2,7 +2,9 @@
 import pytest
 import torch
 
+from ddpo_scratch.lab import ToyDenoiser, estimates, exact_gradient, per_batch, summary, toy_reward
 from ddpo_scratch.policy_gradient import leave_one_out, reinforce_loss
+from ddpo_scratch.rollout import replay_log_prob, sample
 
 
 @pytest.mark.parametrize("n", [2, 3, 17, 256])
@@ -42,3 +44,17 @@ def test_micro_batches_add_up():
 @pytest.mark.parametrize("log_prob, advantage", [((4,), (3,)), ((4, 1), (1, 4)), ((4, 2), (2,)), ((4, 4), (4, 1)), ((0,), (0,)), ((4,), (4, 4))])
 def test_shapes_that_do_not_fit(log_prob, advantage):
     with pytest.raises(ValueError, match="do not fit"): reinforce_loss(torch.zeros(log_prob), torch.zeros(advantage))
+
+
+@pytest.mark.parametrize("theta, eta, n_steps", [((0.2, -0.3, -0.5, -0.2), 0.5, 4), ((0.5, -0.4), 1.0, 2), ((0.1, 0.9, -0.2, -1.0, 0.1, -0.5), 1.0, 3)])
+def test_leave_one_out_is_unbiased_and_the_batch_mean_short_by_its_share(theta, eta, n_steps):
+    toy, d = ToyDenoiser(theta), len(theta) // 2
+    exact = exact_gradient(toy, n_steps, eta)
+    def sf(advantage):
+        def loss(toy, c, generators):
+            ro = sample(toy, c, n_steps, eta, generators)
+            return reinforce_loss(replay_log_prob(toy, ro, eta), per_batch(advantage, toy_reward(ro.x0), c)) * n_steps * d
+        return loss
+    g = estimates(sf(leave_one_out), toy, 2000, 3)
+    assert summary(g, exact).z.abs().max() < 4
+    torch.testing.assert_close(estimates(sf(lambda r: r - r.mean()), toy, 2000, 3).mean(0), g.mean(0) * 2/3, rtol=1e-4, atol=1e-4)

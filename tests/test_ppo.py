@@ -4,8 +4,10 @@ import math
 import pytest
 import torch
 
-from ddpo_scratch.policy_gradient import reinforce_loss
+from ddpo_scratch.lab import ToyDenoiser, estimates, exact_gradient, expected_reward, per_batch, summary, toy_reward
+from ddpo_scratch.policy_gradient import leave_one_out, reinforce_loss
 from ddpo_scratch.ppo import approx_kl, clip_fraction, default_clip_range, importance_ratio, ppo_loss
+from ddpo_scratch.rollout import generator_for, replay_log_prob, sample
 
 
 @pytest.mark.parametrize("clip_range", [1e-4, 1.6e-3, 0.2])
@@ -82,3 +84,28 @@ def test_bad_input():
     for clip_range in (0.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match="clip_range"): ppo_loss(z(4), z(4), z(4), clip_range)
     with pytest.raises(ValueError, match="do not fit"): ppo_loss(z(0), z(0), z(0), 0.2)
+
+
+def test_first_update_is_reinforce_for_weights_that_move_means_and_for_those_that_move_variances():
+    toy = ToyDenoiser()
+    ro = sample(toy, toy.encode([""] * 32), 4, 1.0, [generator_for(0, i) for i in range(32)])
+    a, lp = leave_one_out(toy_reward(ro.x0)), replay_log_prob(toy, ro, 1.0)
+    assert (importance_ratio(lp, ro.log_probs) == 1).all()
+    g_is, = torch.autograd.grad(ppo_loss(lp, ro.log_probs, a, 1e-4), toy.theta, retain_graph=True)
+    g_sf, = torch.autograd.grad(reinforce_loss(lp, a), toy.theta)
+    torch.testing.assert_close(g_is, g_sf)
+
+
+@pytest.mark.parametrize("share", [0.8, 1.2])
+def test_the_per_step_ratio_follows_mixtures_of_two_policies(share):
+    "Its mean is the sum over steps of the gradient with the new policy in that step alone; not the gradient at the new weights."
+    old = ToyDenoiser()
+    new = ToyDenoiser(old.theta + share * torch.tensor([0.2, 0.2, -0.1, -0.1]))
+    mixtures = sum(expected_reward([old] * i + [new] + [old] * (3 - i), 4, 1.0) for i in range(4))
+    followed, = torch.autograd.grad(mixtures, new.theta)
+    def loss(toy, c, generators):
+        ro = sample(old, c, 4, 1.0, generators)
+        a = per_batch(leave_one_out, toy_reward(ro.x0), c)
+        return ppo_loss(replay_log_prob(toy, ro, 1.0) * 2, ro.log_probs * 2, a, 1e9) * 4
+    g = estimates(loss, new, 1500, 8)
+    assert summary(g, followed[0]).z.abs().max() < 4 < summary(g, exact_gradient(new, 4, 1.0)).z.abs().max()
