@@ -55,6 +55,7 @@ def jobs():
     methods("jpeg_compressibility", 0)
     chains(0)
     methods("tiny_aesthetic", 0)
+    add("others", "rwr_unweighted", method="rwr", rwr_beta=0., reward_fn="jpeg_compressibility", **METHODS["rwr"])   # how much of RWR's gain is imitation alone
     add("others", "incompressibility", reward_fn="jpeg_incompressibility", **METHODS["ddpo_is"])
     add("others", "alignment", reward_fn="tiny_clip_score", prompt_fn="aligned", **METHODS["ddpo_is"])
     for kl in (0., 1.): add("overoptimised", f"kl_{kl:g}", method="alignprop", reward_fn="tiny_aesthetic", kl_weight=kl, **CHAIN | dict(num_epochs=24, eval_freq=3))
