@@ -55,7 +55,7 @@ def load_pipeline(name="tiny",  # "tiny", a folder in diffusers' format, or an i
         pipe.vae.enable_slicing()
     return pipe
 
-# %% ../nbs/01_sd.ipynb #edaa13b7
+# %% ../nbs/01_sd.ipynb #716e22b2
 def _wide(x):
     "float16 and bfloat16 as float32; float32 and float64 as they are"
     return x if x.dtype == torch.float64 else x.float()
@@ -77,6 +77,7 @@ class StableDiffusion(Denoiser):
                  negative_prompt="",  # what the unconditional half is conditioned on
                  ):
         super().__init__()
+        if pipe.unet.config.time_cond_proj_dim: raise ValueError("this U-Net was distilled to take the guidance scale as an input: use the model it was made from")
         self.pipe, self.unet = pipe, pipe.unet
         self.guidance_scale, self.negative_prompt = float(guidance_scale), negative_prompt or ""
         self.schedule = Schedule.from_config(pipe.scheduler)

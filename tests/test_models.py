@@ -188,6 +188,10 @@ def test_gradients_reach_the_lora_only_and_its_file_loads_in_plain_diffusers(fol
 def test_the_decoder_of_sdxl_stays_in_float32(folders, name, dtype, vae):
     pipe = sd.load_pipeline(str(folders(name)), dtype)
     assert (pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (dtype, dtype, vae)
+    if dtype == torch.float64:
+        den = sd.denoiser_for(pipe, W)
+        x, t, c = inputs(den)
+        with torch.no_grad(): assert den(x.double(), t, c).dtype == den.decode(x.double()).dtype == torch.float64
     if name == "sdxl":
         torch.nn.Module.to(pipe.vae, dtype)
         assert sd.denoiser_for(pipe).pipe.vae.dtype == vae  # also for a pipeline loaded by others
@@ -243,3 +247,10 @@ def test_other_classes_are_told_so_before_their_weights_are_read(tmp_path):
     (tmp_path/"model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0"}))
     with pytest.raises(ValueError, match="is a FluxPipeline: expected one of StableDiffusionPipeline, StableDiffusionXLPipeline"): sd.load_pipeline(str(tmp_path))
     with pytest.raises(ValueError, match="no denoiser for a object"): sd.denoiser_for(object())
+
+
+def test_a_unet_that_takes_the_guidance_scale_is_refused(folders):
+    "One such as a latent consistency model would ignore w otherwise"
+    pipe = sd.load_pipeline(str(folders("sd15")))
+    pipe.unet.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(ValueError, match="distilled"): sd.denoiser_for(pipe)
