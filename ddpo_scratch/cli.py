@@ -86,7 +86,7 @@ def _effect(folder):
 
 def ddpo_train(args=None): return _command(_train, args)
 
-# %% ../nbs/14_cli.ipynb #47e5122f
+# %% ../nbs/14_cli.ipynb #91a98cf6
 def _sample(args):
     from ddpo_scratch import sd
     from ddpo_scratch.evaluate import fixed_seed_images
@@ -108,7 +108,7 @@ def _sample(args):
     pipe = sd.load_pipeline(a.model)
     if a.lora: sd.load_lora(pipe, a.lora)
     prompts = [q for q in a.prompts for _ in range(a.n)]
-    images = fixed_seed_images(sd.StableDiffusion(pipe, w), prompts, a.seed, a.num_steps or (TrainConfig.sample_num_steps if tiny else 50), a.eta)
+    images = fixed_seed_images(sd.denoiser_for(pipe, w), prompts, a.seed, a.num_steps or (TrainConfig.sample_num_steps if tiny else 50), a.eta)
     for path in _write_pictures(images, prompts, Path(a.out), a.seed): print(path)
     return 0
 

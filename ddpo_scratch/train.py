@@ -206,7 +206,7 @@ class Step:
     k: float = math.nan  # how many steps alignprop differentiated
     metrics: dict = field(default_factory=dict)  # of the epoch, on its last step: as in metrics.jsonl
 
-# %% ../nbs/11_train.ipynb #974244f7
+# %% ../nbs/11_train.ipynb #89a62490
 def _free_folder(config):
     if config.run_name:
         folder = Path(config.logdir)/config.run_name
@@ -217,7 +217,7 @@ def _free_folder(config):
     return next(f for f in (Path(config.logdir)/f"{stem}-{k:03d}" for k in range(1, 1000)) if not f.exists())
 
 def setup(config,  # a TrainConfig
-          denoiser=None,  # a StableDiffusion in place of config.model
+          denoiser=None,  # of `denoiser_for`, in place of config.model
           reward_fn=None,  # a reward in place of config.reward_fn
           prompt_fn=None,  # a prompt function in place of config.prompt_fn
           ):  # -> TrainState
@@ -234,7 +234,7 @@ def setup(config,  # a TrainConfig
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if denoiser is None:
         half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision] if config.use_lora else torch.float32
-        denoiser = sd.StableDiffusion(sd.load_pipeline(config.model, half, accelerator.device), config.sample_guidance_scale)
+        denoiser = sd.denoiser_for(sd.load_pipeline(config.model, half, accelerator.device), config.sample_guidance_scale)
     if config.family == "policy": trainable_steps(denoiser.schedule, config.sample_num_steps, config.sample_eta)
     if config.family == "backprop" and not getattr(reward_fn, "differentiable", True):
         raise ValueError(f"{config.method} needs a differentiable reward, and {getattr(reward_fn, 'name', config.reward_fn)!r} is none: use ddpo_is, or a reward such as "

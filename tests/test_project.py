@@ -30,7 +30,7 @@ ARROWS = {
     "evaluate": {"rollout", "diffusion"},
     "train": METHODS | {"diffusion", "sd", "prompts", "rewards", "evaluate"},
     "cli": {"train", "sd", "prompts", "rewards", "reward_models", "evaluate"},
-    "trl": {"train", "sd"},
+    "trl": {"advantage", "backprop", "diffusion", "ppo", "rollout", "sd"},
     "tiny": {"prompts"},
     "tiny_clip": {"prompts", "reward_models", "tiny"},
 }
