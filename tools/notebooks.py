@@ -148,10 +148,10 @@ def modules(nb):
 
 
 def data_files(nb):
-    "Shipped weights and assets, and the files under experiments/ that the notebook's code names."
+    "Shipped weights and assets, and the files under experiments/ and benchmarks/ that the notebook's code names."
     found = {p for d in ("tiny_model", "assets") for p in (LIB / d).rglob("*")}
     for c in code_cells(nb):
-        for m in re.findall(r"\bexperiments(?:/[\w.-]+)*", c.source):
+        for m in re.findall(r"\b(?:experiments|benchmarks)(?:/[\w.-]+)*", c.source):
             p = ROOT / m
             while not p.exists() and p != ROOT: p = p.parent
             if p != ROOT: found |= set(p.rglob("*")) if p.is_dir() else {p}
