@@ -364,7 +364,7 @@ class DefaultDDPOStableDiffusionPipeline(_LoRAFiles):
     autocast = property(lambda self: contextlib.nullcontext if self.use_lora else None)
     def set_progress_bar_config(self, *args, **kwargs): self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
-# %% ../nbs/15_trl.ipynb #dfd34070
+# %% ../nbs/15_trl.ipynb #c4fc905a
 def _find_checkpoint(where):
     "The checkpoint that resume_from means: a folder checkpoint_N, or the newest in a folder of them"
     where = os.path.normpath(os.path.expanduser(where))
@@ -381,6 +381,8 @@ def _accelerator(config, iteration, accumulate):
     defaults = dict(project_dir=config.output_dir, automatic_checkpoint_naming=True, total_limit=config.num_checkpoint_limit)
     project = ProjectConfiguration(**defaults | config.project_kwargs)
     project.iteration = iteration
+    taken = sorted(Path(project.project_dir, "checkpoints").glob("checkpoint_*")) if project.automatic_checkpoint_naming and not config.resume_from else []
+    if taken: raise ValueError(f"{str(taken[-1].parent)!r} holds checkpoints of another run: set resume_from to go on with it, or choose another run_name or project_dir")
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     precision = "no" if config.mixed_precision == "none" else config.mixed_precision
     return Accelerator(log_with=config.log_with, mixed_precision=precision, project_config=project, gradient_accumulation_steps=accumulate, **config.accelerator_kwargs)

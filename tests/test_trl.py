@@ -2,6 +2,10 @@
 import importlib.util
 import inspect
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -63,12 +67,12 @@ def test_numbers_of_trl(name, tmp_path, monkeypatch):
     assert ours["prompts"] == trl["prompts"]
     if "x0" in trl:
         assert ours["timesteps"] == trl["timesteps"]
-        close(ours["x0"], trl["x0"], 2e-5)
+        close(ours["x0"], trl["x0"], 1e-5)
         close(ours["log_probs"], trl["log_probs"], 1e-5)
-    close(ours["rewards"], trl["rewards"], 1e-3)
-    close(ours["losses"], trl["losses"], 2e-3)
-    assert np.allclose(ours["grad_norms"], trl["grad_norms"], rtol=2e-2)
-    close(ours["weights"], trl["weights"], 1e-3)
+    close(ours["rewards"], trl["rewards"], 1e-4)
+    close(ours["losses"], trl["losses"], 1e-4)
+    assert np.allclose(ours["grad_norms"], trl["grad_norms"], rtol=1e-3)
+    close(ours["weights"], trl["weights"], 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -252,6 +256,11 @@ def test_resumed_full_unet(tmp_path):
     for p, q in zip(a.sd_pipeline.unet.parameters(), b.sd_pipeline.unet.parameters()): assert torch.equal(p, q)
 
 
+def test_a_folder_of_another_run_is_refused_before_training(tmp_path):
+    ddpo(tmp_path).train(1)
+    with pytest.raises(ValueError, match="another run"): ddpo(tmp_path)
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(ValueError, match="No checkpoints found"): ddpo(tmp_path, resume_from=str(tmp_path))
 
@@ -335,3 +344,44 @@ def test_bf16_ratio_is_one(tmp_path):
     assert float(losses[0][1]) < 1e-8
     whole = ddpo(tmp_path / "full", pipe=pipeline(use_lora=False), mixed_precision="bf16")
     assert whole.sd_pipeline.unet.dtype == torch.float32  # TRL would train in half precision
+
+
+TWO = """
+import sys, os, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {here!r})
+from test_trl import ddpo, trainer
+align = sys.argv[1] == "AlignProp"
+seen = []
+t = trainer({folder!r}, "AlignProp", truncated_rand_backprop_minmax=(0, 3), train_batch_size=2) if align else ddpo({folder!r}, per_prompt_stat_tracking=True)
+original = t._generate_samples
+def spied(*args, **kwargs):
+    out = original(*args, **kwargs)
+    seen.append(out["images"].detach() if align else out[1][0][0])
+    return out
+t._generate_samples = spied
+start = [p.clone() for p in t.trainable_layers]
+t.train(2)
+both = t.accelerator.gather(torch.cat([p.detach().flatten() for p in t.trainable_layers])[None])
+assert t.accelerator.num_processes == 2 and torch.equal(both[0], both[1]), "weights differ between processes"
+assert any(not torch.equal(p, q) for p, q in zip(start, t.trainable_layers)), "nothing was trained"
+images = t.accelerator.gather(seen[0].mean()[None])
+assert images[0] != images[1], "both processes drew the same pictures"
+folder = os.path.join({folder!r}, "checkpoints", "checkpoint_0")
+t.accelerator.wait_for_everyone()
+assert {{"random_states_0.pkl", "random_states_1.pkl"}} <= set(os.listdir(folder))
+"""
+
+
+@pytest.mark.parametrize("kind", ["DDPO", "AlignProp"])
+def test_two_processes_stay_one_model(kind, tmp_path):
+    "Each draws pictures of its own, and gradients are averaged: TRL's processes drift apart"
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(here=str(Path(__file__).parent), folder=str(tmp_path / "run")))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    env = lambda rank: os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    procs = [subprocess.Popen([sys.executable, str(script), kind], env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    outs = [p.communicate(timeout=300)[0] for p in procs]
+    assert all(p.returncode == 0 for p in procs), outs[0][-2000:] + outs[1][-2000:]
