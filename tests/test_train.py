@@ -263,15 +263,15 @@ def test_accumulated_backprop_equals_one_batch(tmp_path):
 @pytest.mark.parametrize("method", ["ddpo_is", "ddpo_sf", "rwr", "alignprop"])
 def test_kl_penalty_is_zero_at_the_base_model_and_pulls_back_to_it(tmp_path, method):
     nothing = lambda i, p, m: 0*i.mean((1, 2, 3))                                    # only the penalty moves the weights
-    state = T.setup(small(tmp_path, method=method, kl_weight=1., train_learning_rate=1e-3, train_batch_size=8, num_epochs=7, rwr_beta=0.), reward_fn=nothing)
-    first, *_ = T.train(state=state)
+    state = T.setup(small(tmp_path, method=method, kl_weight=1., train_learning_rate=5e-4 if method == "alignprop" else 5e-3, sample_batch_size=4, train_batch_size=4, sample_num_steps=4,
+                          num_epochs=1, rwr_beta=0.), reward_fn=nothing)
+    first, = T.train(state=state)
     assert first.kl == 0
     with torch.no_grad():
-        for p in state.params: p += .02*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    far = dataclasses.replace(state.config, num_epochs=20)
-    state.config = far
-    kls = [s.metrics["kl"] for s in T.train(state=state) if s.metrics]
-    assert kls[-1] < .7*kls[0]
+        for i, p in enumerate(state.params): p += .05*torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    state.config = dataclasses.replace(state.config, num_epochs=7)
+    kls = [s.kl for s in T.train(state=state)]
+    assert len(kls) == 6 and kls[-1] < .9*kls[0]
 
 
 def test_a_reward_without_a_gradient_is_refused(tmp_path):
