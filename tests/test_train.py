@@ -263,7 +263,7 @@ def test_accumulated_backprop_equals_one_batch(tmp_path):
 @pytest.mark.parametrize("method", ["ddpo_is", "ddpo_sf", "rwr", "alignprop"])
 def test_kl_penalty_is_zero_at_the_base_model_and_pulls_back_to_it(tmp_path, method):
     nothing = lambda i, p, m: 0*i.mean((1, 2, 3))                                    # only the penalty moves the weights
-    state = T.setup(small(tmp_path, method=method, kl_weight=1., train_learning_rate=5e-4 if method == "alignprop" else 5e-3, sample_batch_size=4, train_batch_size=4, sample_num_steps=4,
+    state = T.setup(small(tmp_path, method=method, kl_weight=1., train_learning_rate=2e-3, backprop_steps="full", sample_batch_size=4, train_batch_size=4, sample_num_steps=4,
                           num_epochs=1, rwr_beta=0.), reward_fn=nothing)
     first, = T.train(state=state)
     assert first.kl == 0
