@@ -18,6 +18,11 @@ def small(tmp_path, **fields):
                                 sample_guidance_scale=1., num_epochs=2, eval_num_images=0, stop_gain=0., lora_rank=2, lora_alpha=2) | fields)
 
 
+class Blunt(Reward):
+    name, differentiable = "blunt", False
+    def __call__(self, images, prompts, metadata): return images.mean((1, 2, 3))
+
+
 def numbers(folder): return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in read_metrics(folder)]
 
 
@@ -121,7 +126,7 @@ def test_a_run_is_never_overwritten(tmp_path):
     (dict(method="alignprop", reward_fn="brightness", backprop_steps="7"), "backprop_steps is '7': expected a number from 1 to sample_num_steps = 6"),
     (dict(method="alignprop", reward_fn="brightness", backprop_steps="5..3"), "backprop_steps is '5..3'"), (dict(method="alignprop", backprop_steps="some", reward_fn="brightness"), "'some'"),
     (dict(method="refl", reward_fn="brightness", train_num_inner_epochs=2), "uses each sample once"), (dict(method="refl", reward_fn="brightness", kl_weight=.1), "no trajectory"),
-    (dict(method="alignprop"), "needs a differentiable reward, and 'jpeg_compressibility' is none")])
+    (dict(method="alignprop", reward_fn=f"{__name__}:Blunt"), "needs a differentiable reward, and 'blunt' is none")])
 def test_bad_configurations_are_named_and_write_nothing(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message): T.setup(small(tmp_path, **fields))
     assert not list(tmp_path.iterdir())
@@ -277,6 +282,7 @@ def test_kl_penalty_is_zero_at_the_base_model_and_pulls_back_to_it(tmp_path, met
 def test_a_reward_without_a_gradient_is_refused(tmp_path):
     state = T.setup(small(tmp_path, method="alignprop"), reward_fn=lambda i, p, m: i.detach().mean((1, 2, 3)))
     with pytest.raises(ValueError, match="returned rewards without a gradient"): next(T.train(state=state))
+    with pytest.raises(ValueError, match="'jpeg_compressibility' returned rewards without a gradient"): next(T.train(small(tmp_path, method="refl")))
 
 
 def test_methods_without_a_ratio_report_none(tmp_path):
