@@ -38,6 +38,8 @@ def process(folder):
     from nbdev.processors import FilterDefaults
     space = {}
     exec(exported().get(INDEX, "d = dict(syms={}, settings={})"), space)
+    space["d"]["syms"] = {m: {k: v for k, v in names.items() if not k.rpartition(".")[2].startswith("_")}  # private names have no entry to link to
+                          for m, names in space["d"]["syms"].items()}
     index = SimpleNamespace(name=PKG, dist=SimpleNamespace(name=PKG), load=lambda: space["d"])
     nbdev.doclinks.entry_points = lambda group: [index]  # of this checkout, installed or not
     nbdev.processors._do_eval = evaluated
