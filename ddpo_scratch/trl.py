@@ -170,18 +170,17 @@ class DDPOStableDiffusionPipeline:
     text_encoder = property(_missing("text_encoder"))
     autocast = property(_missing("autocast"))
 
-# %% ../nbs/15_trl.ipynb #d3bb61de
+# %% ../nbs/15_trl.ipynb #f89c2efd
 class _Network(sd.StableDiffusion):
     "The policy's network, with the two options that a diffusers call has beside guidance."
     rescale, kwargs = 0., None
+    def _more(self, c, halves): return dict(cross_attention_kwargs=self.kwargs)
     def forward(self, x_t, t, c):
+        if self.rescale <= 0 or self.guidance_scale == 1.: return super().forward(x_t, t, c)
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
         t, x_t = torch.as_tensor(t, device=x_t.device).expand(len(x_t)), x_t.to(c.cond.dtype)
-        if self.guidance_scale <= 1.: return self.unet(x_t, t, c.cond, cross_attention_kwargs=self.kwargs).sample
-        both = self.unet(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c.uncond, c.cond]), cross_attention_kwargs=self.kwargs).sample
-        uncond, cond = both.chunk(2)
-        guided = uncond + self.guidance_scale*(cond - uncond)
-        return rescale_noise_cfg(guided, cond, self.rescale) if self.rescale > 0 else guided
+        uncond, cond = self._predict(x_t, t, c, ["uncond", "cond"]).chunk(2)
+        return rescale_noise_cfg(uncond + self.guidance_scale*(cond - uncond), cond, self.rescale)
 
 # %% ../nbs/15_trl.ipynb #c12594dc
 def _after(t, listed):
@@ -238,7 +237,7 @@ class _Sampling(_Steps):
                 if callback and i % callback_steps == 0: callback(i, t, out.latents)
         return xs, log_probs
 
-# %% ../nbs/15_trl.ipynb #5a71718e
+# %% ../nbs/15_trl.ipynb #8932d425
 def _cut_to_k(n_steps, draw, timestep, minmax):
     "How many of the last steps to differentiate: TRL's options, drawn once a batch from Python's generator"
     if draw and minmax[1] > n_steps:
@@ -268,7 +267,7 @@ class _Calls(_Sampling):
     def _run(self, k, recompute, prompt, height, width, num_inference_steps, guidance_scale, negative_prompt, num_images_per_prompt, eta, generator, latents,
              prompt_embeds, negative_prompt_embeds, output_type, return_dict, callback, callback_steps, cross_attention_kwargs, guidance_rescale):
         pipe, net = self.sd_pipeline, self._network
-        net.guidance_scale, net.rescale, net.kwargs = float(guidance_scale), guidance_rescale, cross_attention_kwargs
+        net.guidance_scale, net.rescale, net.kwargs = max(1., float(guidance_scale)), guidance_rescale, cross_attention_kwargs
         with torch.no_grad():
             c = self._condition(prompt, num_images_per_prompt, guidance_scale > 1, negative_prompt, prompt_embeds, negative_prompt_embeds, cross_attention_kwargs)
             pipe.scheduler.set_timesteps(num_inference_steps, device=pipe._execution_device)
