@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['field_help', 'train_parser', 'parse_train', 'ddpo_train', 'ddpo_sample']
 
-# %% ../nbs/14_cli.ipynb #24d2e976
+# %% ../nbs/14_cli.ipynb #4963722a
 import argparse
 import dataclasses
 import re
 import sys
 from pathlib import Path
 
-from .train import PRESETS, TrainConfig, check_config, find_checkpoint, fit, preset, read_config
+from .config import PRESETS, TrainConfig, check_config, preset, read_config
+from .train import find_checkpoint, fit
 
 # %% ../nbs/14_cli.ipynb #90124a1b
 def field_help(config_class,  # a dataclass with a comment beside each field

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ddpo_scratch import cli
-from ddpo_scratch.train import PRESETS, TrainConfig
+from ddpo_scratch.config import PRESETS, TrainConfig
 
 TINY_RUN = "--num_epochs 1 --sample_num_steps 4 --sample_batch_size 4 --sample_num_batches_per_epoch 1 --train_batch_size 2 --eval_num_images 2 --sample_guidance_scale 1".split()
 

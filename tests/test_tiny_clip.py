@@ -80,6 +80,6 @@ def test_all_three_are_built_from_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_drives_the_trainer_by_name(name, tmp_path):
-    config = TrainConfig(logdir=str(tmp_path), reward_fn=name, num_epochs=1, sample_num_steps=4, sample_batch_size=8, sample_num_batches_per_epoch=1, eval_num_images=0)
+    config = TrainConfig(logdir=str(tmp_path), reward_fn=name, num_epochs=1, sample_num_steps=4, sample_batch_size=8, sample_num_batches_per_epoch=1, eval_num_images=0, stop_gain=0.)
     step = [s for s in train(config) if s.metrics][-1]
     assert math.isfinite(step.metrics["reward_mean"]) and step.metrics["reward_std"] > 0
