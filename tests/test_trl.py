@@ -3,6 +3,7 @@ import importlib.util
 import inspect
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -176,6 +177,46 @@ def test_missing_clip_sample_does_not_clamp(tmp_path):
     f = tmp_path / "scheduler" / "scheduler_config.json"
     f.write_text(json.dumps({k: v for k, v in json.loads(f.read_text()).items() if k != "clip_sample"}))
     assert pipeline(str(tmp_path)).scheduler.config.clip_sample is False
+
+
+# ---- scripts as TRL's users have them
+
+SCRIPTS = {"ddpo": (["--sample_batch_size", "2", "--sample_num_batches_per_epoch", "2", "--train_batch_size", "2", "--per_prompt_stat_tracking", "True",
+                     "--per_prompt_stat_tracking_buffer_size", "32", "--async_reward_computation", "True", "--tracker_project_name", "stable_diffusion_training"],
+                    ["hook at step 0 with 2 batches of 2", "hook at step 2 with 2 batches of 2"], ["hook at step 4 with 2 batches of 2"]),
+           "alignprop": (["--train_batch_size", "2", "--train_gradient_accumulation_steps", "2"],  # the range (0, 50) of a drawn cut cannot be set on TRL's command line
+                         ["hook at step 1 with 2", "hook at step 2 with 2"], ["hook at step 3 with 2"])}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_with_its_import_line_changed(name, tmp_path, monkeypatch, capsys):
+    "Two epochs in a process of its own, then the LoRA run is resumed for a third (in this process, to save the imports)"
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import load_file
+    options, first, later = SCRIPTS[name]
+    theirs = (DATA / f"trl_{name}.py").read_text()
+    assert theirs.count("trl import") == theirs.count("\nfrom trl import ") == 1
+    script = tmp_path / f"{name}.py"
+    script.write_text(theirs.replace("from trl import ", "from ddpo_scratch.trl import "))
+    (tmp_path / "scorer").mkdir()
+    torch.save(torch.nn.Sequential(torch.nn.Linear(192, 16), torch.nn.Dropout(), torch.nn.Linear(16, 1)).state_dict(), tmp_path / "scorer" / "aesthetic-model.pth")
+    args = ["--pretrained_model", str(TINY), "--hf_hub_aesthetic_model_id", str(tmp_path / "scorer"), "--mixed_precision", "no", "--sample_num_steps", "3", *options]
+    done = subprocess.run([sys.executable, str(script), "--num_epochs", "2", *args], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONPATH=str(Path(__file__).parents[1])))
+    assert done.returncode == 0, done.stderr[-3000:]
+    hooks = lambda text: [l for l in text.splitlines() if l.startswith("hook")]
+    lora = lambda: load_file(tmp_path / "save" / "pytorch_lora_weights.safetensors")
+    numbers = lambda: sorted(p.name for p in (tmp_path / "save" / "checkpoints").iterdir())
+    assert hooks(done.stdout) == first and numbers() == ["checkpoint_0"]
+    before = lora()
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), "--num_epochs", "3", "--resume_from", "./save/checkpoints", *args])
+    ran = runpy.run_path(str(script), run_name="__main__")
+    assert hooks(capsys.readouterr().out) == later and numbers() == ["checkpoint_0", "checkpoint_1"]
+    after = lora()
+    assert ran["trainer"].first_epoch == 3 and after.keys() == before.keys() and any(not torch.equal(after[k], before[k]) for k in after)
+    StableDiffusionPipeline.from_pretrained("save", safety_checker=None).load_lora_weights("save")
 
 
 # ---- the trainers
