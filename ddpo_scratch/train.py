@@ -6,14 +6,17 @@
 __all__ = ['TrainState', 'Step', 'setup', 'Samples', 'advantages_of', 'collect', 'update', 'minibatches', 'backprop_update',
            'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'look', 'train', 'fit']
 
-# %% ../nbs/11_train.ipynb #f7a92436
+# %% ../nbs/11_train.ipynb #68ccd9d1
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 import re
 import shutil
+import signal
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -24,16 +27,17 @@ import yaml
 
 from .advantage import PerPromptStatTracker, standardize
 from .backprop import draft_lv_sample, draw_k, refl_sample, truncated_sample
-from .config import TrainConfig, check_config, preset, read_config, write_config
-from .evaluate import before_after, fixed_seed_images, plot_grid, read_metrics, reward_curve, summarize
+from .config import TrainConfig, check_config, read_config, write_config
+from .evaluate import fixed_seed_images
 from .policy_gradient import reinforce_loss
 from .ppo import approx_kl, clip_fraction, default_clip_range, importance_ratio, ppo_loss
 from .prompts import Prompts, get_prompt_fn
+from .report import RunLog, check_hub, check_trackers, push_report, write_report
 from .rewards import RewardWorkers, compute_rewards, get_reward
 from .rollout import Rollout, generator_for, sample, step_kl, step_log_prob, trainable_steps
 from .rwr import rwr_loss, softmax_weights, sparse_weights
 
-# %% ../nbs/11_train.ipynb #34c76a66
+# %% ../nbs/11_train.ipynb #51ce877b
 @dataclass
 class TrainState:
     "A run in progress."
@@ -43,6 +47,8 @@ class TrainState:
     denoiser: object  # the policy, a Denoiser; its `unet` is the prepared network
     params: list  # trained parameters
     optimizer: object  # AdamW over them
+    lr_share: object  # optimizer steps taken -> share of the learning rate, of config.train_lr_schedule
+    average: object  # diffusers' EMAModel of params; None without config.ema_decay
     reward_fn: object  # images, prompts, metadata -> rewards
     prompt_fn: object  # generator -> prompt, metadata
     tracker: PerPromptStatTracker
@@ -52,9 +58,12 @@ class TrainState:
     reward_queries: int = 0  # pictures scored, on all processes
     eval_start: float = None  # mean reward of the fixed-seed pictures before training; None before the first look
     eval_gain: float = 0.0  # its gain at the last look, as a share of its size
+    log: RunLog = None  # where rows and pictures go, while it is open
 
     @property
-    def stride(self): return min(1., max(.25, 3 - 3*self.eval_gain/self.config.stop_gain)) if self.config.stop_gain else 1.  # share of the learning rate
+    def stride(self): return min(1., max(.25, 3 - 3*self.eval_gain/self.config.stop_gain)) if self.config.stop_gain else 1.  # near stop_gain
+    @property
+    def learning_rate(self): return self.config.train_learning_rate*self.stride*self.lr_share(self.global_step)
     @property
     def finished(self): return self.epoch >= self.config.num_epochs or 0 < self.config.stop_gain <= self.eval_gain
 
@@ -71,9 +80,10 @@ class Step:
     ratio_spread: float = math.nan  # largest |ratio - 1|
     kl: float = math.nan  # to the base model, per step and dimension, where it is penalised
     k: float = math.nan  # how many steps alignprop differentiated
+    lr: float = math.nan  # learning rate
     metrics: dict = field(default_factory=dict)  # of the epoch, on its last step: as in metrics.jsonl
 
-# %% ../nbs/11_train.ipynb #89a62490
+# %% ../nbs/11_train.ipynb #5c561636
 def _free_folder(config):
     if config.run_name:
         folder = Path(config.logdir)/config.run_name
@@ -83,6 +93,52 @@ def _free_folder(config):
     stem = re.sub(r"[^\w.]+", "-", f"{config.method}-{str(config.reward_fn).rpartition(':')[2]}").strip("-.")[:80]
     return next(f for f in (Path(config.logdir)/f"{stem}-{k:03d}" for k in range(1, 1000)) if not f.exists())
 
+def _optimizer(config, params):
+    made = torch.optim.AdamW
+    if config.train_use_8bit_adam:
+        try: from bitsandbytes.optim import AdamW8bit as made
+        except ImportError as e: raise ImportError("train_use_8bit_adam needs bitsandbytes: pip install bitsandbytes, on a machine with a GPU, or leave it off") from e
+    return made(params, lr=config.train_learning_rate, betas=(config.train_adam_beta1, config.train_adam_beta2), eps=config.train_adam_epsilon,
+                weight_decay=config.train_adam_weight_decay)
+
+def _lr_share(config):
+    "The schedule as a function of optimizer steps, so that a resumed run needs no state of it."
+    from diffusers.optimization import get_scheduler
+    name = "constant_with_warmup" if config.train_lr_schedule == "constant" else config.train_lr_schedule
+    dummy = torch.optim.SGD([torch.zeros(1)], 1.)
+    return get_scheduler(name, dummy, num_warmup_steps=config.train_lr_warmup_steps, num_training_steps=config.num_epochs*config.updates_per_epoch).lr_lambdas[0]
+
+# %% ../nbs/11_train.ipynb #bebff15c
+_DTYPES = {"auto": None, "no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+def _load_denoiser(config, device):
+    from ddpo_scratch import sd
+    half = _DTYPES[config.mixed_precision] if config.use_lora else torch.float32       # weights that are trained stay float32
+    pipe = sd.load_pipeline(config.model, half, device, _DTYPES[config.vae_dtype], config.slicing)
+    return sd.denoiser_for(pipe, config.sample_guidance_scale, config.negative_prompts)
+
+def _trained(config, denoiser):
+    "What is trained, and the U-Net as asked for."
+    from ddpo_scratch import sd
+    if config.use_lora: params = sd.add_lora(denoiser, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    else: params = list(denoiser.pipe.unet.requires_grad_(True).parameters())
+    if config.decode_batch_size: denoiser.decode_batch = config.decode_batch_size
+    if config.gradient_checkpointing: denoiser.pipe.unet.enable_gradient_checkpointing()
+    if config.compile: denoiser.pipe.unet.compile()
+    return params
+
+# %% ../nbs/11_train.ipynb #afcd2178
+class _Retrying:
+    "A reward that is asked again when it raises."
+    def __init__(self, reward, retries): self.reward, self.retries = reward, retries
+    def __getattr__(self, name): return getattr(self.__dict__["reward"], name)
+    def __call__(self, *args):
+        for left in reversed(range(self.retries + 1)):
+            try: return self.reward(*args)
+            except Exception:
+                if not left: raise
+
+# %% ../nbs/11_train.ipynb #672fa85e
 def setup(config,  # a TrainConfig
           denoiser=None,  # of `denoiser_for`, in place of config.model
           reward_fn=None,  # a reward in place of config.reward_fn
@@ -91,33 +147,36 @@ def setup(config,  # a TrainConfig
     "Load what a run needs and check it, with the checkpoint if it resumes one; writes nothing."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from ddpo_scratch import sd
-    check_config(config)
+    for check in (check_config, check_trackers, check_hub): check(config)
     reward_fn, prompt_fn = reward_fn or get_reward(config.reward_fn), prompt_fn or get_prompt_fn(config.prompt_fn)
+    if config.reward_retries: reward_fn = _Retrying(reward_fn, config.reward_retries)
     checkpoint = find_checkpoint(config.resume_from, config.logdir) if config.resume_from else None
     folder = checkpoint.parent.parent if checkpoint else _free_folder(config)
     AcceleratorState._reset_state()                                                   # an earlier run of this process may have had another precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    if denoiser is None:
-        half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision] if config.use_lora else torch.float32
-        denoiser = sd.denoiser_for(sd.load_pipeline(config.model, half, accelerator.device), config.sample_guidance_scale)
+    denoiser = denoiser or _load_denoiser(config, accelerator.device)
     if config.family == "policy": trainable_steps(denoiser.schedule, config.sample_num_steps, config.sample_eta)
-    if config.family == "backprop" and not getattr(reward_fn, "differentiable", True):
-        raise ValueError(f"{config.method} needs a differentiable reward, and {getattr(reward_fn, 'name', config.reward_fn)!r} is none: use ddpo_is, or a reward such as "
-                         "jpeg_compressibility_estimate or tiny_aesthetic")
-    if config.use_lora: params = sd.add_lora(denoiser, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
-    else: params = list(denoiser.pipe.unet.requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW(params, config.train_learning_rate, (config.train_adam_beta1, config.train_adam_beta2),
-                                  config.train_adam_epsilon, config.train_adam_weight_decay)
+    _check_differentiable(config, reward_fn)
+    params = _trained(config, denoiser)
+    optimizer = _optimizer(config, params)
     denoiser.unet, optimizer = accelerator.prepare(denoiser.pipe.unet, optimizer)
     tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count)
-    state = TrainState(config, folder, accelerator, denoiser, params, optimizer, reward_fn, prompt_fn, tracker,
+    state = TrainState(config, folder, accelerator, denoiser, params, optimizer, _lr_share(config), _average(config, params), reward_fn, prompt_fn, tracker,
                        config.train_clip_range or default_clip_range(denoiser.latent_shape))
     if checkpoint: load_checkpoint(state, checkpoint)
     return state
 
-# %% ../nbs/11_train.ipynb #26a0d2c2
+def _check_differentiable(config, reward_fn):
+    if config.family == "backprop" and not getattr(reward_fn, "differentiable", True):
+        raise ValueError(f"{config.method} needs a differentiable reward, and {getattr(reward_fn, 'name', config.reward_fn)!r} is none: use ddpo_is, or a reward such as "
+                         "jpeg_compressibility_estimate or tiny_aesthetic")
+
+def _average(config, params):
+    from diffusers.training_utils import EMAModel
+    return EMAModel(params, decay=config.ema_decay) if config.ema_decay else None
+
+# %% ../nbs/11_train.ipynb #c3a96bf5
 @dataclass
 class Samples:
     "An epoch's samples on this process."
@@ -128,6 +187,7 @@ class Samples:
     advantages: torch.Tensor  # (n,) clipped; under rwr the weights
     all_rewards: torch.Tensor  # (n * processes,)
     extras: dict  # mean over all processes of each number that the reward returned beside its rewards
+    own_statistics: float  # share of the samples whose prompt has statistics of its own
 
 def advantages_of(state, rewards, prompts):
     "Advantages of all samples of the epoch, DDPO App. D: per prompt or over the batch, then clipped; or the weights of RWR."
@@ -177,6 +237,7 @@ def collect(state,  # a TrainState
             prompts, metadata = zip(*(_prompt(state, k) for k in ks))
             rollout = sample(den, den.encode(prompts), cfg.sample_num_steps, cfg.sample_eta, [gen(k, "noise") for k in ks])
             images = den.decode(rollout.x0)
+            if cfg.rollout_device != "auto": rollout = Rollout(rollout.xs.to(cfg.rollout_device), rollout.timesteps, rollout.log_probs, rollout.c)
             parts.append((rollout, images.cpu(), prompts, score(images, list(prompts), list(metadata))))
         scores = [part[3].result() for part in parts]
     rollouts, images, prompts, _ = zip(*parts)
@@ -187,17 +248,17 @@ def collect(state,  # a TrainState
     advantages = advantages_of(state, all_rewards, all_prompts)[mine]
     state.reward_queries += len(all_rewards)
     return Samples(Rollout.cat(rollouts), torch.cat(images), sum(map(list, prompts), []), all_rewards[mine], advantages.to(acc.device), all_rewards,
-                   _means(acc, [extras for _, extras in scores], n))
+                   _means(acc, [extras for _, extras in scores], n), state.tracker.coverage(all_prompts))
 
-# %% ../nbs/11_train.ipynb #6d04c819
+# %% ../nbs/11_train.ipynb #8b12db4a
 def _flat(state, index, steps):
     "Transitions (sample, step) of a minibatch, in micro-batches."
     i, k = index[:, None].expand_as(steps).reshape(-1), steps.reshape(-1)
     return list(zip(i.split(state.config.train_micro_batch_size), k.split(state.config.train_micro_batch_size)))
 
 def _log_prob(state, r, i, k):
-    ts = r.timesteps
-    return step_log_prob(state.denoiser, r.xs[i, k], r.xs[i, k + 1], ts[k], ts[k + 1], r.c[i], state.config.sample_eta)
+    x_t, x_next = (r.xs[i, s].to(state.accelerator.device) for s in (k, k + 1))
+    return step_log_prob(state.denoiser, x_t, x_next, r.timesteps[k], r.timesteps[k + 1], r.c[i], state.config.sample_eta)
 
 def _policy_loss(state, samples, i, k):
     log_prob, old, adv = _log_prob(state, samples.rollout, i, k), samples.rollout.log_probs[i, k], samples.advantages[i]
@@ -205,10 +266,10 @@ def _policy_loss(state, samples, i, k):
     ratio = importance_ratio(log_prob.detach(), old)
     return loss, dict(approx_kl=approx_kl(log_prob, old), clip_fraction=clip_fraction(ratio, state.clip_range), ratio_spread=(ratio - 1).abs().max())
 
-# %% ../nbs/11_train.ipynb #ffc34e60
+# %% ../nbs/11_train.ipynb #1ddef754
 def _regression_loss(state, samples, i, eps, t):
-    r = samples.rollout
-    return rwr_loss(state.denoiser, r.x0[i], eps.to(r.xs), t.to(r.xs.device), r.c[i], samples.advantages[i]), {}
+    x0 = samples.rollout.x0[i].to(state.accelerator.device)
+    return rwr_loss(state.denoiser, x0, eps.to(x0), t.to(x0.device), samples.rollout.c[i], samples.advantages[i]), {}
 
 def _noise(state, n):
     "eps (n, *latent) and timesteps (n,) of an optimizer step's denoising losses."
@@ -217,8 +278,8 @@ def _noise(state, n):
 
 def _penalty(state, samples, i, k):
     "KL(policy || base model) of transitions, a scalar with gradient."
-    r, ts = samples.rollout, samples.rollout.timesteps
-    return step_kl(state.denoiser, r.xs[i, k], ts[k], ts[k + 1], r.c[i], state.config.sample_eta).mean()
+    r, x_t = samples.rollout, samples.rollout.xs[i, k].to(state.accelerator.device)
+    return step_kl(state.denoiser, x_t, r.timesteps[k], r.timesteps[k + 1], r.c[i], state.config.sample_eta).mean()
 
 # %% ../nbs/11_train.ipynb #df2f3c61
 def update(state,  # a TrainState
@@ -240,7 +301,7 @@ def update(state,  # a TrainState
         rows.append((len(i)/n, dict(loss=loss, **gauges)))
     return _optimizer_step(state, _pooled(rows))
 
-# %% ../nbs/11_train.ipynb #fb030ce6
+# %% ../nbs/11_train.ipynb #9f2272f1
 def _pooled(rows):
     "Means over micro-batches by their shares; of the ratio's spread the largest."
     keys = rows[0][1]
@@ -256,8 +317,11 @@ def _optimizer_step(state, out):
     out["grad_norm"] = float(acc.clip_grad_norm_(state.params, state.config.train_max_grad_norm))
     if not math.isfinite(out["grad_norm"]) and acc.scaler is None:
         raise FloatingPointError(f"the gradient norm is {out['grad_norm']} at {where}: weights and checkpoints are as they were before this step")
+    out["lr"] = state.learning_rate
+    for group in state.optimizer.param_groups: group["lr"] = out["lr"]
     state.optimizer.step()
     state.optimizer.zero_grad()
+    if state.average: state.average.step(state.params)
     state.global_step += 1
     return out
 
@@ -315,38 +379,57 @@ def backprop_update(state,  # a TrainState
     state.reward_queries += sum(map(len, rewards))
     return _optimizer_step(state, _pooled(rows)), torch.cat(rewards).cpu(), extras
 
-# %% ../nbs/11_train.ipynb #a560bcf3
+# %% ../nbs/11_train.ipynb #43bacc7b
+def _snapshot(state):
+    "Everything that a checkpoint holds, as files: name -> bytes."
+    from safetensors.torch import save
+    def pickled(x): torch.save(x, buffer := io.BytesIO()); return buffer.getvalue()
+    counters = {k: getattr(state, k) for k in _counters}
+    scaler = state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None
+    files = {"trained.safetensors": save({str(i): p.detach().cpu().contiguous() for i, p in enumerate(state.params)}),
+             "optimizer.pt": pickled(state.optimizer.state_dict()),
+             "state.json": json.dumps(dict(**counters, tracker=state.tracker.state_dict(), scaler=scaler)).encode()}
+    return files | ({"average.pt": pickled(state.average.state_dict())} if state.average else {})
+
+_counters = ("epoch", "global_step", "reward_queries", "eval_start", "eval_gain")
+
+def _write_checkpoint(state, epoch, files):
+    "Beside its place, then renamed into it."
+    root = state.folder/"checkpoints"
+    final, part = root/f"epoch_{epoch:04d}", root/f".part_{epoch:04d}"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, data in files.items(): (part/name).write_bytes(data)
+        write_config(state.config, part)
+    except OSError as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"no checkpoint of epoch {epoch} in {str(root)!r}: {e.strerror or e}; make room and resume: earlier checkpoints are whole") from e
+    if final.exists(): shutil.rmtree(final)
+    os.replace(part, final)
+    for old in sorted(root.glob("epoch_*"))[:-state.config.num_checkpoint_limit]: shutil.rmtree(old)
+    return final
+
 def save_checkpoint(state,  # a TrainState
                     ):  # -> the checkpoint's folder
     "Write checkpoints/epoch_NNNN whole or not at all, and prune the oldest."
-    from safetensors.torch import save_file
-    root = state.folder/"checkpoints"
-    final, part = root/f"epoch_{state.epoch:04d}", root/f".part_{state.epoch:04d}"
-    if state.accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file({str(i): p.detach().cpu().contiguous() for i, p in enumerate(state.params)}, part/"trained.safetensors")
-        torch.save(state.optimizer.state_dict(), part/"optimizer.pt")
-        scaler = state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None
-        counters = dict(epoch=state.epoch, global_step=state.global_step, reward_queries=state.reward_queries, eval_start=state.eval_start, eval_gain=state.eval_gain)
-        (part/"state.json").write_text(json.dumps(dict(**counters, tracker=state.tracker.state_dict(), scaler=scaler)))
-        write_config(state.config, part)
-        if final.exists(): shutil.rmtree(final)
-        os.replace(part, final)
-        for old in sorted(root.glob("epoch_*"))[:-state.config.num_checkpoint_limit]: shutil.rmtree(old)
+    if state.accelerator.is_main_process: _write_checkpoint(state, state.epoch, _snapshot(state))
     state.accelerator.wait_for_everyone()
-    return final
+    return state.folder/"checkpoints"/f"epoch_{state.epoch:04d}"
 
-# %% ../nbs/11_train.ipynb #3cdbecd0
-_may_differ = {"num_epochs", "resume_from", "save_freq", "num_checkpoint_limit", "logdir", "run_name", "eval_num_images", "eval_guidance_scale", "eval_freq", "stop_gain", "backprop_checkpointing",
-               "train_micro_batch_size", "reward_workers", "reward_offload"}
+# %% ../nbs/11_train.ipynb #ffb724a5
+_may_differ = {"num_epochs", "resume_from", "save_freq", "num_checkpoint_limit", "logdir", "run_name", "eval_num_images", "eval_guidance_scale", "eval_freq", "stop_gain",
+               "backprop_checkpointing", "train_micro_batch_size", "reward_workers", "reward_offload", "reward_retries", "gradient_checkpointing", "compile", "slicing",
+               "decode_batch_size", "rollout_device", "log_with", "tracker_project_name", "push_to_hub", "hub_model_id"}
 
-def find_checkpoint(where,  # a run's folder, a checkpoint in it, or "latest"
-                    logdir="runs",  # where "latest" looks
+def find_checkpoint(where,  # a run's folder or its name in logdir, a checkpoint in it, or "latest"
+                    logdir="runs",  # where names and "latest" are looked up
                     ):  # -> Path of the newest whole checkpoint
     "The checkpoint that resume_from means."
     if where == "latest": found = sorted(Path(logdir).glob("*/checkpoints/epoch_*/state.json"), key=lambda p: p.stat().st_mtime)
-    else: found = sorted([*Path(where).glob("state.json"), *Path(where).glob("checkpoints/epoch_*/state.json")])
+    else:
+        where = next((p for p in (Path(where), Path(logdir)/where) if p.is_dir()), where)
+        found = sorted([*Path(where).glob("state.json"), *Path(where).glob("checkpoints/epoch_*/state.json")])
     if not found:
         place = f"any run in {str(logdir)!r}" if where == "latest" else repr(str(where))
         raise ValueError(f"no checkpoint in {place}: expected a run's folder, or a folder epoch_NNNN with state.json in it")
@@ -358,7 +441,8 @@ def load_checkpoint(state,  # a fresh TrainState
     "Continue from a checkpoint: weights, optimizer, tracker and counters are replaced in place."
     from safetensors.torch import load_file
     old, new = (dataclasses.asdict(c) for c in (read_config(folder), state.config))
-    differ = {k: (old[k], new[k]) for k in new if old[k] != new[k] and k not in _may_differ}
+    may_differ = _may_differ - ({"num_epochs"} if state.config.train_lr_schedule != "constant" else set())        # the schedule ends there
+    differ = {k: (old[k], new[k]) for k in new if old[k] != new[k] and k not in may_differ}
     if differ: raise ValueError(f"{str(folder)!r} is of another configuration: " + ", ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in differ.items()))
     saved = json.loads((Path(folder)/"state.json").read_text())
     if saved["epoch"] >= state.config.num_epochs:
@@ -366,16 +450,19 @@ def load_checkpoint(state,  # a fresh TrainState
     if 0 < state.config.stop_gain <= saved["eval_gain"]:
         raise ValueError(f"{str(folder)!r} stopped after epoch {saved['epoch']}, where its reward had gained {saved['eval_gain']:.1%}: "
                          f"ask for more than {state.config.stop_gain:.0%} with stop_gain, or for all epochs with stop_gain 0")
-    weights = load_file(Path(folder)/"trained.safetensors")
+    weights, read = load_file(Path(folder)/"trained.safetensors"), lambda name: torch.load(Path(folder)/name, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for i, p in enumerate(state.params): p.copy_(weights[str(i)])
-    state.optimizer.load_state_dict(torch.load(Path(folder)/"optimizer.pt", map_location="cpu", weights_only=True))
+    state.optimizer.load_state_dict(read("optimizer.pt"))
+    if state.average:
+        state.average.load_state_dict(read("average.pt"))
+        state.average.to(state.accelerator.device)
     if saved["scaler"]: state.accelerator.scaler.load_state_dict(saved["scaler"])
     state.tracker.load_state_dict(saved["tracker"])
-    for k in ("epoch", "global_step", "reward_queries", "eval_start", "eval_gain"): setattr(state, k, saved[k])
+    for k in _counters: setattr(state, k, saved[k])
     state.folder = Path(folder).parent.parent
 
-# %% ../nbs/11_train.ipynb #3f527107
+# %% ../nbs/11_train.ipynb #2fb50a1c
 def _eval_prompts(state):
     "Spread evenly over the source's list of prompts, or drawn where it has none."
     source, n = state.prompt_fn, state.config.eval_num_images
@@ -389,10 +476,19 @@ def _evaluate(state):
     den.guidance_scale, trained = cfg.eval_guidance_scale, den.guidance_scale
     base = den.reference() if state.eval_start is None and cfg.use_lora else contextlib.nullcontext()
     try:
-        with base: images = fixed_seed_images(den, prompts, cfg.seed, cfg.sample_num_steps, cfg.sample_eta, cfg.sample_batch_size)
+        with base, _averaged(state): images = fixed_seed_images(den, prompts, cfg.seed, cfg.sample_num_steps, cfg.sample_eta, cfg.sample_batch_size)
     finally: den.guidance_scale = trained
     with torch.no_grad(): rewards, _ = compute_rewards(state.reward_fn, images.to(state.accelerator.device), prompts, metadata)
     return images, prompts, rewards.cpu()
+
+@contextlib.contextmanager
+def _averaged(state):
+    "Inside, the weights are their running average, where one is kept."
+    if state.average is None: yield; return
+    state.average.store(state.params)
+    state.average.copy_to(state.params)
+    try: yield
+    finally: state.average.restore(state.params)
 
 def _picture_file(state, epoch): return state.folder/"eval"/f"epoch_{epoch:04d}.pt"
 
@@ -406,17 +502,19 @@ def look(state,  # a TrainState; at its first look, the policy before training i
     if state.accelerator.is_main_process:
         _picture_file(state, epoch).parent.mkdir(parents=True, exist_ok=True)
         torch.save((images.mul(255).round().byte(), prompts, rewards), _picture_file(state, epoch))
+    if state.log: state.log.images(images, prompts, rewards, epoch)
     return dict(eval_start=state.eval_start, eval_reward_mean=mean, eval_gain=state.eval_gain)
 
 def _due(state):
     cfg = state.config
     return bool(cfg.eval_num_images and cfg.eval_freq and (state.stride < 1 or state.epoch % cfg.eval_freq == 0))
 
-# %% ../nbs/11_train.ipynb #fa22c27c
+# %% ../nbs/11_train.ipynb #315cd51a
 def _sampled_epoch(state, seen, progress):
     "The optimizer steps of an epoch of DDPO or RWR: all of its samples first."
     samples = collect(state, progress)
     seen.update(rewards=samples.all_rewards, extras=samples.extras, sampled=time.perf_counter(), advantage_spread=samples.advantages.std().item())
+    if state.config.family == "policy" and state.config.per_prompt_stat_tracking: seen["own_statistics"] = samples.own_statistics
     todo = [b for e in range(state.config.train_num_inner_epochs) for b in minibatches(state, e)]
     if state.config.mixed_precision != "no" and state.config.family == "policy": _recompute_log_probs(state, samples, todo)
     for index, steps in todo: yield update(state, samples, index, steps)
@@ -431,7 +529,37 @@ def _differentiated_epoch(state, seen, progress):
         seen.update(rewards=torch.cat(rewards), extras=_means(state.accelerator, extras, len(r)//state.accelerator.num_processes//state.config.train_gradient_accumulation_steps))
         yield out
 
-# %% ../nbs/11_train.ipynb #924fdf42
+# %% ../nbs/11_train.ipynb #687e2aa8
+def _epoch(state, progress):
+    "The Steps of an epoch; with the last one its row is written."
+    start, seen, done, cfg = time.perf_counter(), {}, [], state.config
+    steps_of = _differentiated_epoch if cfg.family == "backprop" else _sampled_epoch
+    for j, out in enumerate(steps_of(state, seen, progress)):
+        done.append(out)
+        step = Step(state.epoch + 1, j + 1, state.global_step, **out)
+        if j + 1 < cfg.updates_per_epoch: yield step
+    sampled, end = seen.get("sampled", start), time.perf_counter()
+    state.epoch += 1
+    step.metrics.update(_epoch_metrics(state, seen, done), seconds_sampling=sampled - start, seconds_training=end - sampled, **(look(state) if _due(state) else {}))
+    if state.log: state.log.row(step.metrics)
+    yield step
+
+# %% ../nbs/11_train.ipynb #1763825b
+@contextlib.contextmanager
+def _nothing_lost(state):
+    "A function that saves a finished epoch, or keeps it, to be saved if the loop inside breaks off."
+    kept = {}
+    def keep(due):
+        if due: save_checkpoint(state)
+        files = {state.epoch: _snapshot(state)} if not due and state.accelerator.is_main_process else {}
+        kept.clear()
+        kept.update(files)
+    try: yield keep
+    except BaseException:
+        for epoch, files in kept.items(): _write_checkpoint(state, epoch, files)
+        raise
+
+# %% ../nbs/11_train.ipynb #51b9c29b
 def train(config=None,  # a TrainConfig; None is the main job
           state=None,  # a TrainState of `setup`, in place of the config
           progress=iter,  # wraps the sampling batches (backpropagation: the updates) of each epoch
@@ -439,44 +567,35 @@ def train(config=None,  # a TrainConfig; None is the main job
           ):  # -> iterator of Steps
     "Fine-tune a diffusion model with one of METHODS, one Step after each optimizer step."
     state = state or setup(config or TrainConfig(), **parts)
-    cfg, steps_of = state.config, _differentiated_epoch if state.config.family == "backprop" else _sampled_epoch
-    _open_run(state)
-    if cfg.eval_freq and cfg.eval_num_images and state.eval_start is None: look(state)
-    while not state.finished:
-        start, seen, done = time.perf_counter(), {}, []
-        for group in state.optimizer.param_groups: group["lr"] = cfg.train_learning_rate*state.stride
-        for j, out in enumerate(steps_of(state, seen, progress)):
-            done.append(out)
-            step = Step(state.epoch + 1, j + 1, state.global_step, **out)
-            if j + 1 < cfg.updates_per_epoch: yield step
-        sampled, end = seen.get("sampled", start), time.perf_counter()
-        state.epoch += 1
-        step.metrics.update(_epoch_metrics(state, seen, done), seconds_sampling=sampled - start, seconds_training=end - sampled, **(look(state) if _due(state) else {}))
-        _write_row(state, step.metrics)
-        if state.epoch % cfg.save_freq == 0 or state.finished: save_checkpoint(state)
-        yield step
+    cfg = state.config
+    with _open_log(state), _nothing_lost(state) as keep:
+        if cfg.eval_freq and cfg.eval_num_images and state.eval_start is None: look(state)
+        while not state.finished:
+            for step in _epoch(state, progress):
+                if not step.metrics: yield step
+            keep(due=state.epoch % cfg.save_freq == 0 or state.finished)
+            yield step
 
-# %% ../nbs/11_train.ipynb #6ec010ea
-def _open_run(state):
-    if not state.accelerator.is_main_process: return
-    state.folder.mkdir(parents=True, exist_ok=True)
-    path = state.folder/"metrics.jsonl"
-    rows = [l for l in path.read_text().splitlines() if json.loads(l)["epoch"] <= state.epoch] if path.exists() else []
-    path.write_text("".join(l + "\n" for l in rows))
-    write_config(state.config, state.folder)
+# %% ../nbs/11_train.ipynb #40586deb
+@contextlib.contextmanager
+def _open_log(state):
+    "The run's log is open inside; rows that a resumed run will write again are cut."
+    opened = state.log is None and state.accelerator.is_main_process
+    if opened: state.log = RunLog(state.folder, state.config, state.epoch)
+    try: yield
+    finally:
+        if opened:
+            state.log.close()
+            state.log = None
 
 def _epoch_metrics(state, seen, done):
     r = seen["rewards"].double()
     mean = {k: sum(d[k] for d in done)/len(done) for k in done[0]}
     if "ratio_spread" in mean: mean["ratio_spread"] = max(d["ratio_spread"] for d in done)
-    spread = {k: seen[k] for k in ("advantage_spread",) if k in seen}
+    spread = {k: seen[k] for k in ("advantage_spread", "own_statistics") if k in seen}
     return dict(epoch=state.epoch, global_step=state.global_step, reward_queries=state.reward_queries, reward_mean=r.mean().item(),
                 reward_std=r.std().item(), reward_min=r.min().item(), reward_max=r.max().item(),
                 **{f"reward/{k}": v for k, v in seen["extras"].items()}, **spread, **mean)
-
-def _write_row(state, row):
-    if not state.accelerator.is_main_process: return
-    with open(state.folder/"metrics.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
 
 @torch.no_grad()
 def _recompute_log_probs(state, samples, todo):
@@ -484,46 +603,57 @@ def _recompute_log_probs(state, samples, todo):
     for index, steps in todo:
         for i, k in _flat(state, index, steps): samples.rollout.log_probs[i, k] = _log_prob(state, samples.rollout, i, k)
 
-# %% ../nbs/11_train.ipynb #21d77d18
+# %% ../nbs/11_train.ipynb #b2a8196a
+@contextlib.contextmanager
+def _says_where(state):
+    "Ctrl-C, and the SIGTERM of a scheduler, stop a run that says from where it can go on."
+    def stop(*_): raise KeyboardInterrupt
+    here = threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGTERM, stop) if here else None
+    try: yield
+    except KeyboardInterrupt:
+        saved = sorted((state.folder/"checkpoints").glob("epoch_*/state.json"))
+        print(f"\nstopped in epoch {state.epoch + 1}; " + (f"saved up to {saved[-1].parent.name}: resume with --resume_from {state.folder}" if saved else "no epoch was finished, so nothing is saved"), flush=True)
+        raise
+    finally:
+        if here: signal.signal(signal.SIGTERM, old)
+
+# %% ../nbs/11_train.ipynb #a4dddc77
 def fit(config=None,  # a TrainConfig; None is the main job
         on_epoch=None,  # called with each epoch's last Step; return True to stop early
         **parts,  # denoiser, reward_fn, prompt_fn: passed to `setup`
         ):  # -> Path of the run's folder
     "Train, show the reward as it moves, and leave a report."
-    from fastprogress.fastprogress import progress_bar
     state = setup(config or TrainConfig(), **parts)
     cfg, main = state.config, state.accelerator.is_main_process
-    _open_run(state)
-    if cfg.eval_num_images and state.eval_start is None and (cfg.use_lora or state.epoch == 0): look(state)
-    bar = progress_bar(range(state.epoch*cfg.updates_per_epoch, cfg.num_epochs*cfg.updates_per_epoch), display=main)
-    first = None
-    for _, step in zip(bar, train(state=state)):
-        if not step.metrics: continue
-        first = step.metrics["reward_mean"] if first is None else first
-        bar.comment = f"epoch {step.epoch}/{cfg.num_epochs} reward {step.metrics['reward_mean']:.3f} (first {first:.3f}), fixed seeds {state.eval_gain:+.1%}"
-        if on_epoch and on_epoch(step): break
+    with _open_log(state), _says_where(state), contextlib.closing(train(state=state)) as steps:
+        if cfg.eval_num_images and state.eval_start is None and (cfg.use_lora or state.epoch == 0): look(state)
+        for step in _with_bar(state, steps):
+            if on_epoch and on_epoch(step): break
     if main and state.eval_gain >= cfg.stop_gain > 0:
         print(f"stopped after epoch {state.epoch}: the fixed-seed pictures' mean reward has gained {state.eval_gain:.1%} (stop_gain is {cfg.stop_gain:.0%})")
     _report(state)
     return state.folder
 
-# %% ../nbs/11_train.ipynb #c3331d94
+def _with_bar(state, steps):
+    "The last Step of each epoch, under a bar with the reward."
+    from fastprogress.fastprogress import progress_bar
+    cfg, first = state.config, None
+    bar = progress_bar(range(state.epoch*cfg.updates_per_epoch, cfg.num_epochs*cfg.updates_per_epoch), display=state.accelerator.is_main_process)
+    for _, step in zip(bar, steps):
+        if not step.metrics: continue
+        first = step.metrics["reward_mean"] if first is None else first
+        bar.comment = f"epoch {step.epoch}/{cfg.num_epochs} reward {step.metrics['reward_mean']:.3f} (first {first:.3f}), fixed seeds {state.eval_gain:+.1%}"
+        yield step
+
+# %% ../nbs/11_train.ipynb #530257d3
 def _report(state):
     from ddpo_scratch import sd
-    folder, looks = state.folder, state.config.eval_num_images and state.eval_start is not None
-    if looks and not _picture_file(state, state.epoch).exists(): look(state)
+    folder, cfg = state.folder, state.config
+    if cfg.eval_num_images and state.eval_start is not None and not _picture_file(state, state.epoch).exists(): look(state)
     if not state.accelerator.is_main_process: return
-    reward_curve(read_metrics(folder), getattr(state.reward_fn, "name", state.config.reward_fn)).savefig(folder/"reward_curve.png")
-    if state.config.use_lora: sd.save_lora(state.denoiser, folder/"lora")
-    else: state.denoiser.pipe.save_pretrained(folder/"pipeline")
-    if looks: _report_pictures(state)
-
-def _report_pictures(state):
-    files = [_picture_file(state, e) for e in range(state.epoch + 1) if _picture_file(state, e).exists()]
-    pictures, (_, prompts, _) = [torch.load(f, weights_only=True) for f in files], torch.load(files[0], weights_only=True)
-    old, new = pictures[0], pictures[-1]
-    n = len(prompts) if len(prompts) < 8 else min(len(prompts)//8, 2)*8
-    before_after(old[0][:n].float()/255, new[0][:n].float()/255, prompts[:n]).savefig(state.folder/"before_after.png")
-    plot_grid(torch.cat([p[0][:8] for p in pictures]).float()/255, n_cols=min(8, len(prompts)), row_labels=[f.stem.replace("_", " ") for f in files]).savefig(state.folder/"strip.png")
-    report = {when: summarize(images.float()/255, rewards) for when, (images, _, rewards) in (("before", old), ("after", new))}
-    (state.folder/"report.json").write_text(json.dumps(report | dict(epochs=state.epoch, gain=state.eval_gain), indent=1))
+    with _averaged(state):
+        if cfg.use_lora: sd.save_lora(state.denoiser, folder/"lora")
+        else: state.denoiser.pipe.save_pretrained(folder/"pipeline")
+    write_report(folder, cfg, getattr(state.reward_fn, "name", cfg.reward_fn))
+    if cfg.push_to_hub: print(f"uploaded to {push_report(folder, cfg.hub_model_id)}")

@@ -1,0 +1,252 @@
+"The engine: runs that are killed, interrupted, short of disk or spread over processes; options of memory and speed that change no number."
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpo_scratch import train as T
+from ddpo_scratch.evaluate import read_metrics
+from ddpo_scratch.sd import load_lora, load_pipeline
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(sample_num_steps=5, sample_batch_size=8, sample_num_batches_per_epoch=1, train_batch_size=4, sample_guidance_scale=1., num_epochs=2,
+             eval_num_images=0, stop_gain=0., lora_rank=2, lora_alpha=2)
+# forks of a server that has imported everything once
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ddpo_scratch.train", "diffusers", "transformers", "peft", "accelerate"])
+
+
+def small(tmp_path, **fields): return T.TrainConfig(**dict(SMALL, logdir=str(tmp_path)) | fields)
+def numbers(folder): return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in read_metrics(folder)]
+def trained(config, **parts):
+    state = T.setup(config, **parts)
+    for _ in T.train(state=state): pass
+    return state
+def rows(folder):
+    path = Path(folder)/"metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def _child(fields, run, log):
+    torch.set_num_threads(1)
+    with open(log, "a", buffering=1) as f, contextlib.redirect_stdout(f): getattr(T, run)(T.TrainConfig(**fields)) if run == "fit" else [None for _ in T.train(T.TrainConfig(**fields))]
+
+
+def child(config, log, run="train"):
+    p = CONTEXT.Process(target=_child, args=(dataclasses.asdict(config), run, str(log)))
+    p.start()
+    return p
+
+
+def until(true, process, seconds=300):
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.is_alive() and time.monotonic() < end, f"exit code {process.exitcode}"
+        time.sleep(.02)
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(tmp_path):
+    torch.set_num_threads(1)
+    whole, moments = trained(small(tmp_path, run_name="whole", num_epochs=5)), random.Random(3)
+    config = small(tmp_path, run_name="cut", num_epochs=5)
+    for after in (1, 3):
+        p, start = child(config, tmp_path/"log"), time.monotonic()
+        until(lambda: rows(tmp_path/"cut") >= after, p)
+        time.sleep(moments.uniform(0, .3)*(time.monotonic() - start)/after)              # somewhere in the next epoch, or in saving this one
+        p.kill()
+        p.join()
+        assert p.exitcode == -signal.SIGKILL
+        saved = list((tmp_path/"cut").glob("checkpoints/epoch_*"))
+        config = small(tmp_path, num_epochs=5, resume_from=str(tmp_path/"cut")) if saved else small(tmp_path, run_name=f"cut{after}", num_epochs=5)
+    resumed = trained(config)
+    assert numbers(resumed.folder) == numbers(tmp_path/"whole")
+    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params))
+
+
+def test_sigterm_saves_what_was_not_and_says_where(tmp_path):
+    torch.set_num_threads(1)
+    p = child(small(tmp_path, run_name="a", num_epochs=50, save_freq=20, sample_num_steps=10), tmp_path/"log", "fit")
+    until(lambda: rows(tmp_path/"a") >= 2, p)
+    os.kill(p.pid, signal.SIGTERM)
+    p.join(120)
+    done = rows(tmp_path/"a")
+    saved = [int(f.name[6:]) for f in (tmp_path/"a"/"checkpoints").iterdir()]
+    assert p.exitcode not in (0, None) and saved in ([done], [done - 1])               # it may come while the last epoch is being copied
+    assert f"saved up to epoch_{saved[0]:04d}: resume with --resume_from {tmp_path/'a'}" in (tmp_path/"log").read_text()
+    state = T.setup(small(tmp_path, num_epochs=50, save_freq=20, sample_num_steps=10, resume_from="a"))
+    assert state.epoch == saved[0] and state.folder == tmp_path/"a"
+
+
+@pytest.mark.parametrize("at", [1, 4], ids=["in the middle of epoch 3", "at the end of epoch 2"])
+def test_leaving_the_loop_saves_what_was_not(tmp_path, at):
+    steps = T.train(small(tmp_path, run_name="a", num_epochs=9, save_freq=5))
+    for _ in range(4 + at % 4): next(steps)
+    steps.close()
+    assert T.setup(small(tmp_path, num_epochs=9, save_freq=5, resume_from=str(tmp_path/"a"))).epoch == 2
+
+
+def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(tmp_path, monkeypatch):
+    state = T.setup(small(tmp_path, run_name="a", num_epochs=3))
+    steps = T.train(state=state)
+    for _ in range(2): next(steps)                                                     # epoch 1 is saved
+    def full(path, data): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no checkpoint of epoch 2 .*No space left on device; make room and resume"): list(steps)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path/"a"/"checkpoints").iterdir()] == ["epoch_0001"]
+    assert trained(small(tmp_path, num_epochs=3, resume_from=str(tmp_path/"a"))).epoch == 3
+
+
+def test_a_reward_that_fails_is_asked_again_then_stops_the_run(tmp_path):
+    calls = []
+    def shaky(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) in (2, 4, 5): raise ConnectionError("no answer")
+        return images.mean((1, 2, 3))
+    config = small(tmp_path, run_name="a", num_epochs=4, reward_retries=1)
+    with pytest.raises(RuntimeError, match="reward 'shaky' failed on 8 pictures .* ConnectionError: no answer"): list(T.train(config, reward_fn=shaky))
+    assert len(calls) == 5 and T.find_checkpoint(tmp_path/"a").name == "epoch_0002"
+    calls += [0]*10
+    assert trained(dataclasses.replace(config, run_name="", resume_from=str(tmp_path/"a")), reward_fn=shaky).epoch == 4
+
+
+OPTIONS = {"gradient_checkpointing": dict(gradient_checkpointing=True), "rollout on the CPU": dict(rollout_device="cpu"), "decoded two at a time": dict(decode_batch_size=2),
+           "slices": dict(slicing=True)}
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory): return trained(small(tmp_path_factory.mktemp("plain"), run_name="a", sample_guidance_scale=2.))
+
+@pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_memory_change_no_number(tmp_path, plain, fields):
+    state = trained(small(tmp_path, run_name="a", sample_guidance_scale=2., **fields))
+    for a, b in zip(numbers(plain.folder), numbers(state.folder), strict=True):
+        assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=2e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+    assert distance(plain, state) < .02
+
+def distance(a, b):
+    "Of two trained LoRAs, relative to what training moved: their B matrices start from zero."
+    a, b = (torch.cat([p.detach().flatten() for name, p in s.denoiser.pipe.unet.named_parameters() if "lora_B" in name]) for s in (a, b))
+    return ((a - b).norm()/a.norm()).item()
+
+
+def test_gradient_checkpointing_is_on(tmp_path):
+    state = T.setup(small(tmp_path, gradient_checkpointing=True))
+    assert state.denoiser.pipe.unet.is_gradient_checkpointing and any(getattr(m, "gradient_checkpointing", False) for m in state.denoiser.pipe.unet.modules())
+
+
+def test_negative_prompts_are_what_guidance_leaves(tmp_path):
+    a, b = (T.setup(small(tmp_path, sample_guidance_scale=2., negative_prompts=n)).denoiser.encode(["a fox"]) for n in ("", "a blue background"))
+    assert torch.equal(a.cond, b.cond) and not torch.equal(a.uncond, b.uncond)
+
+
+def test_a_compiled_policy_trains_resumes_and_saves_its_lora(tmp_path, monkeypatch):
+    "Traced, but run by the eager backend, so that the test does not wait for a compiler."
+    compiled = []
+    def compile_(module): compiled.append(module); module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", dynamic=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    plain = trained(small(tmp_path, run_name="plain"))
+    config = small(tmp_path, run_name="a", compile=True)
+    for step in T.train(config):
+        if step.epoch == 2: break
+    folder = T.fit(dataclasses.replace(config, run_name="", resume_from=str(tmp_path/"a")))
+    assert compiled and numbers(folder)[-1]["reward_mean"] == pytest.approx(numbers(plain.folder)[-1]["reward_mean"], abs=2e-3)
+    assert load_lora(load_pipeline("tiny"), folder).unet.peft_config
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_learning_rates_are_those_of_diffusers(tmp_path, schedule):
+    from diffusers.optimization import get_scheduler
+    config, found = small(tmp_path, train_lr_schedule=schedule, train_lr_warmup_steps=2, num_epochs=3), []
+    state = T.setup(config)
+    for _ in T.train(state=state): found.append(state.optimizer.param_groups[0]["lr"])
+    optimizer = torch.optim.SGD([torch.zeros(1)], config.train_learning_rate)
+    reference, want = get_scheduler("constant_with_warmup" if schedule == "constant" else schedule, optimizer, num_warmup_steps=2, num_training_steps=6), []
+    for _ in range(6):
+        want.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert found == pytest.approx(want, rel=1e-12)
+
+
+def test_scheduled_and_averaged_runs_resume_to_the_same_numbers(tmp_path):
+    fields = dict(train_lr_schedule="cosine", train_lr_warmup_steps=1, ema_decay=.5, num_epochs=3)
+    whole = trained(small(tmp_path, run_name="whole", **fields))
+    for step in T.train(small(tmp_path, run_name="cut", **fields)):
+        if step.epoch == 2: break
+    with pytest.raises(ValueError, match="num_epochs was 3, now 4"): T.setup(small(tmp_path, resume_from=str(tmp_path/"cut"), **fields | dict(num_epochs=4)))
+    resumed = trained(small(tmp_path, resume_from=str(tmp_path/"cut"), **fields))
+    assert numbers(tmp_path/"cut") == numbers(tmp_path/"whole")
+    assert all(torch.equal(a, b) for a, b in zip(whole.average.shadow_params, resumed.average.shadow_params))
+
+
+def test_the_average_is_the_one_of_its_definition_and_is_what_is_saved(tmp_path):
+    state = T.setup(small(tmp_path, run_name="a", ema_decay=.9))
+    shadow, n = [p.detach().clone() for p in state.params], 0
+    for _ in T.train(state=state):
+        decay = min(.9, (1 + n)/(10 + n)) if n else 0.                                 # it warms up: the first average is the first weights
+        shadow, n = [decay*s + (1 - decay)*p.detach() for s, p in zip(shadow, state.params)], n + 1
+    for a, b in zip(shadow, state.average.shadow_params): torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+    last = [p.detach().clone() for p in state.params]
+    with T._averaged(state): assert all(torch.equal(p, s) for p, s in zip(state.params, state.average.shadow_params))
+    assert all(torch.equal(a, b) for a, b in zip(last, state.params)) and not torch.equal(last[0], state.average.shadow_params[0])
+
+
+def test_8bit_adam_without_bitsandbytes_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"): T.setup(small(tmp_path, train_use_8bit_adam=True))
+    assert not list(tmp_path.iterdir())
+
+
+SCRIPT = '''
+import json, sys, torch
+from ddpo_scratch import train as T
+torch.set_num_threads(1)
+out, where, configs = {}, sys.argv[1], json.loads(sys.argv[2])
+for name, fields in configs.items():
+    state = T.setup(T.TrainConfig(**fields))
+    steps = list(T.train(state=state))
+    out[name] = dict(params=[p.detach() for p in state.params], named=[n for n, p in state.denoiser.pipe.unet.named_parameters() if p.requires_grad], rewards=[s.metrics["reward_mean"] for s in steps if s.metrics],
+                     tracker=state.tracker.state_dict()["stats"], queries=state.reward_queries, grad_norms=[s.grad_norm for s in steps])
+torch.save(out, f"{where}/rank{state.accelerator.process_index}.pt")
+'''
+
+def test_one_process_and_two_make_the_same_updates(tmp_path):
+    "Traps 1 and 8 of TRL: gradients are synchronised, and rewards are gathered before they become advantages."
+    (tmp_path/"script.py").write_text(SCRIPT)
+    def configs(world): return {method: dict(SMALL, logdir=str(tmp_path/f"{method}{world}"), run_name="a", method=method, sample_batch_size=8//world, train_batch_size=8//world,
+                                             per_prompt_stat_tracking_min_count=2, **more)
+                                for method, more in dict(ddpo_is=dict(train_num_inner_epochs=2), alignprop=dict(reward_fn="brightness", sample_num_steps=3)).items()}
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")
+    found = {}
+    for world, start in ((1, [sys.executable]), (2, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
+        (tmp_path/str(world)).mkdir()
+        done = subprocess.run([*start, str(tmp_path/"script.py"), str(tmp_path/str(world)), json.dumps(configs(world))], env=env, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[world] = [torch.load(f, weights_only=True) for f in sorted((tmp_path/str(world)).glob("rank*.pt"))]
+    (one,), (first, second) = found[1], found[2]
+    for method in one:
+        a, b, c = one[method], first[method], second[method]
+        assert all(torch.equal(x, y) for x, y in zip(b["params"], c["params"]))                            # both processes hold one policy
+        assert a["queries"] == b["queries"] and b["tracker"] == c["tracker"] and a["rewards"] == pytest.approx(b["rewards"], abs=2e-3)
+        assert a["grad_norms"][0] == pytest.approx(b["grad_norms"][0], rel=1e-4)
+        x, y = (torch.cat([p.flatten() for n, p in zip(r["named"], r["params"]) if "lora_B" in n]) for r in (a, b))
+        assert ((x - y).norm()/x.norm()) < .02, method
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_reads_every_config_and_each_says_whether_it_was_run(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1 and str(config.mixed_precision) == "no"
+    assert "un" in (first := path.read_text().splitlines()[0]) and ("Not run" in first or "Run:" in first)
