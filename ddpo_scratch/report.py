@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'check_trackers', 'RunLog', 'gauge_curves', 'diagnose', 'write_report', 'check_hub', 'push_report']
 
-# %% ../nbs/12b_report.ipynb #5c844596
+# %% ../nbs/12b_report.ipynb #df442e14
 import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -41,7 +42,7 @@ def check_trackers(config,  # a TrainConfig
             raise ImportError(f"log_with names {w}, which is not installed: pip install {w}, or leave it out of log_with")
     return words
 
-# %% ../nbs/12b_report.ipynb #b7e4f3b1
+# %% ../nbs/12b_report.ipynb #226a6798
 class _Wandb:
     def __init__(self, folder, config, epoch):
         import wandb
@@ -55,6 +56,7 @@ class _Wandb:
     def images(self, arrays, captions, epoch): self.run.log({"pictures": [self.image(a, caption=c) for a, c in zip(arrays, captions)], "epoch": epoch})
     def close(self): self.run.finish()
 
+# %% ../nbs/12b_report.ipynb #cdaa000c
 class _Tensorboard:
     def __init__(self, folder, config, epoch):
         from torch.utils.tensorboard import SummaryWriter
@@ -70,6 +72,7 @@ class _Tensorboard:
         self.writer.flush()
     def close(self): self.writer.close()
 
+# %% ../nbs/12b_report.ipynb #ca379469
 class _Trackio:
     def __init__(self, folder, config, epoch):
         import trackio
@@ -96,6 +99,27 @@ def _replace(path, text):
     part.write_text(text)
     os.replace(part, path)
 
+# %% ../nbs/12b_report.ipynb #ecca8b27
+class _Table:
+    "The same rows as metrics.jsonl and metrics.csv."
+    def __init__(self, folder, epoch):
+        self.json, self.csv, self.rows = folder/"metrics.jsonl", folder/"metrics.csv", _kept_rows(folder/"metrics.jsonl", epoch)
+        _replace(self.json, "".join(json.dumps(r) + "\n" for r in self.rows))
+        self.write_csv()
+
+    def append(self, row):
+        self.rows.append(dict(row))
+        with open(self.json, "a") as f: f.write(json.dumps(row) + "\n")
+        if not set(row) <= set(self.columns): return self.write_csv()                     # a column more: all rows again
+        with open(self.csv, "a", newline="") as f: csv.DictWriter(f, self.columns).writerow(row)
+
+    def write_csv(self):
+        self.columns, text = list(dict.fromkeys(k for r in self.rows for k in r)), io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        if self.columns: writer.writeheader()
+        writer.writerows(self.rows)
+        _replace(self.csv, text.getvalue())
+
 # %% ../nbs/12b_report.ipynb #d106c109
 def _record_origin(folder):
     "What ran, and where: command.txt gets a line for each start, environment.json is of the last."
@@ -119,59 +143,36 @@ def _commit(folder):
         except (OSError, subprocess.TimeoutExpired): return ""
     return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "") if git("ls-files", ".") else ""
 
-# %% ../nbs/12b_report.ipynb #dcefe212
+# %% ../nbs/12b_report.ipynb #bf60575e
 class RunLog:
     "metrics.jsonl, metrics.csv and the trackers of a run; the main process has one, the others none."
     def __init__(self, folder,  # of the run; made if missing
                  config,  # a TrainConfig, written as config.yaml
                  epoch=0,  # epochs finished: rows after it are dropped
                  ):
-        words = check_trackers(config)
-        self.folder = Path(folder)
+        words, self.folder = check_trackers(config), Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows = _kept_rows(self.folder/"metrics.jsonl", epoch)
-        _replace(self.folder/"metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows))
-        self._new_columns()
+        self.table = _Table(self.folder, epoch)
         write_config(config, self.folder)
         _record_origin(self.folder)
         self.trackers = [_trackers[w](self.folder, config, epoch) for w in words]
 
-    def row(self, row,  # dict of numbers, with "epoch"
-            ):
-        "Append an epoch's gauges."
-        self.rows.append(dict(row))
-        with open(self.folder/"metrics.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
-        if set(row) <= set(self.columns):
-            with open(self.folder/"metrics.csv", "a", newline="") as f: csv.DictWriter(f, self.columns).writerow(row)
-        else: self._new_columns()
+    def row(self, row):  # dict of an epoch's numbers, with "epoch"
+        self.table.append(row)
         for t in self.trackers: t.row(row)
 
-    def images(self, images,  # (n, 3, h, w) in [0, 1]; the first 16 are sent
-               prompts,  # n strings
-               rewards,  # (n,)
-               epoch,  # that they belong to; 0 before training
-               ):
-        "Send pictures to the trackers, each under its prompt and reward."
+    def images(self, images, prompts, rewards, epoch):  # (n, 3, h, w) in [0, 1], n strings, (n,); the first 16 go to the trackers
         if not self.trackers: return
         arrays = [a.numpy() for a in images[:16].detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()]
-        captions = [f"{p} | {float(r):.4g}" for p, r in zip(prompts[:len(arrays)], rewards)]
+        captions = [f"{p} | {float(r):.4g}" for p, r in zip(prompts[:16], rewards)]
         for t in self.trackers: t.images(arrays, captions, epoch)
 
-    def close(self):
-        "Finish the trackers; a second call does nothing."
+    def close(self):  # a second call does nothing
         while self.trackers: self.trackers.pop().close()
 
-    def _new_columns(self):
-        import io
-        self.columns, text = list(dict.fromkeys(k for r in self.rows for k in r)), io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns)
-        if self.columns: writer.writeheader()
-        writer.writerows(self.rows)
-        _replace(self.folder/"metrics.csv", text.getvalue())
-
-# %% ../nbs/12b_report.ipynb #00eeb096
+# %% ../nbs/12b_report.ipynb #1c773c53
 _panels = dict(reward_mean="reward of the samples", eval_reward_mean="reward of the fixed seeds", approx_kl="approx_kl", clip_fraction="clip_fraction", ratio_spread="ratio_spread",
-               grad_norm="grad_norm", advantage_spread="advantage_spread", own_statistics="share of prompts with own statistics", kl="KL to the base model", k="steps differentiated", lr="learning rate")
+               grad_norm="grad_norm", advantage_spread="advantage_spread", own_statistics="share with own prompt statistics", kl="KL to the base model", k="steps differentiated", lr="learning rate")
 
 def gauge_curves(rows,  # of read_metrics
                  ):  # -> matplotlib Figure
@@ -207,7 +208,7 @@ def _slope(rows, key):
     se = ((y - y.mean() - rise*x).square().sum()/(len(y) - 2)/(x*x).sum()).sqrt()
     return rise.item(), (rise/se.clamp_min(1e-9*y.abs().max() + 1e-300)).item()
 
-# %% ../nbs/12b_report.ipynb #0d6ba1e0
+# %% ../nbs/12b_report.ipynb #0c2d4477
 def _on_rewards(rows, c):
     std, first = _late(rows, "reward_std"), rows[0].get("reward_std", math.nan)
     if std <= 1e-9*abs(_late(rows, "reward_mean")) + 1e-12:
@@ -226,7 +227,7 @@ def _on_advantages(rows, c):
         yield f"advantage_spread is {spread:.2g}: rwr's weights count as {ess:.1f} of {n:.0f} samples. Try: a smaller rwr_beta"
     if c.method == "rwr" and spread < .1: yield f"advantage_spread is {spread:.2g}: rwr weighs all samples alike, which is no more than imitation. Try: a larger rwr_beta"
     if own < .5:
-        yield (f"own_statistics is {own:.0%}: most prompts are measured against the whole batch, so easy prompts win. Try: sample_images_per_prompt 4 or more, a smaller "
+        yield (f"own_statistics is {own:.0%}: most samples are measured against the whole batch, so easy prompts win. Try: sample_images_per_prompt 4 or more, a smaller "
                "per_prompt_stat_tracking_min_count, fewer prompts, or patience until the memories are full")
 
 # %% ../nbs/12b_report.ipynb #cda7111a
@@ -303,7 +304,7 @@ def _frame(images, title, side=128):
     ImageDraw.Draw(out).text((4, 2), title, fill="black")
     return out
 
-# %% ../nbs/12b_report.ipynb #28b42fbf
+# %% ../nbs/12b_report.ipynb #e78745e8
 _local = ("logdir", "run_name", "resume_from", "hub_model_id", "push_to_hub", "log_with", "tracker_project_name")  # nobody else's business
 
 def _is_hub_id(model): return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(model))) and not Path(model).exists()
@@ -317,6 +318,7 @@ def _card_head(config):
     tags = ["text-to-image", "diffusers", "reinforcement-learning", "reward-fine-tuning", config.method, "ddpo_scratch"] + ["lora"]*config.use_lora
     return yaml.safe_dump(dict(**known, library_name="diffusers", license="other", pipeline_tag="text-to-image", tags=tags), sort_keys=False)
 
+# %% ../nbs/12b_report.ipynb #559ca864
 def _how_to_load(config, repo):
     base = config.model if _is_hub_id(config.model) or not Path(config.model).exists() else f"FOLDER/{_public(config.model)}"
     lines = ["from diffusers import DDIMScheduler, DiffusionPipeline", "", f'pipe = DiffusionPipeline.from_pretrained("{base if config.use_lora else repo}")']
@@ -391,7 +393,7 @@ def write_report(folder,  # of a run
     _write_card(folder, config, name, rows, report)
     return report
 
-# %% ../nbs/12b_report.ipynb #4134524d
+# %% ../nbs/12b_report.ipynb #66eb557a
 def check_hub(config,  # a TrainConfig
               ):
     "Before training: if the run is to be uploaded, is there a token, and can the name be one?"
@@ -402,6 +404,7 @@ def check_hub(config,  # a TrainConfig
     except HFValidationError as e: raise ValueError(f"hub_model_id is {config.hub_model_id!r}, expected owner/name ({e})") from None
     if not get_token(): raise ValueError("push_to_hub needs a token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN, or leave push_to_hub out")
 
+# %% ../nbs/12b_report.ipynb #3f76f1b6
 def push_report(folder,  # of a finished run, with lora/ or pipeline/
                 repo_id="",  # "owner/name"; empty takes the folder's name under your own
                 ):  # -> address of the repository
