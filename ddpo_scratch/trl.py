@@ -6,7 +6,7 @@
 __all__ = ['DDPOConfig', 'AlignPropConfig', 'DDPOPipelineOutput', 'DDPOSchedulerOutput', 'DDPOStableDiffusionPipeline',
            'DefaultDDPOStableDiffusionPipeline', 'DDPOTrainer', 'AlignPropTrainer']
 
-# %% ../nbs/15_trl.ipynb #23774a97
+# %% ../nbs/15_trl.ipynb #156f489a
 import contextlib
 import logging
 import math
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from . import sd
 from .advantage import PerPromptStatTracker, standardize
 from .backprop import draw_k, trl_k_rule
-from .diffusion import Conditioning, Schedule, ddim_mean_std
+from .diffusion import Conditioning, Schedule, _wide, ddim_mean_std
 from .ppo import approx_kl, clip_fraction, importance_ratio
 from .rollout import gaussian_log_prob
 
@@ -50,12 +50,11 @@ class _Config:
     @property
     def output_dir(self): return self.project_kwargs.get("project_dir") or os.path.join(self.logdir, self.run_name)  # where checkpoints go
 
-# %% ../nbs/15_trl.ipynb #1084e1bb
+# %% ../nbs/15_trl.ipynb #6f783274
 _exp_name = os.path.basename(sys.argv[0])[:-len(".py")]
 
 @dataclass
-class DDPOConfig(_Config):
-    "The options of `DDPOTrainer`."
+class _DDPORun(_Config):
     exp_name: str = _option(_exp_name, "name of the experiment")
     run_name: str = _option("", "name of the run; a folder of this name in logdir")
     seed: int = _option(0, "random seed")
@@ -76,6 +75,11 @@ class DDPOConfig(_Config):
     sample_guidance_scale: float = _option(5.0, "weight of classifier-free guidance")
     sample_batch_size: int = _option(1, "pictures sampled at a time, on each process")
     sample_num_batches_per_epoch: int = _option(2, "such batches an epoch")
+
+# %% ../nbs/15_trl.ipynb #01e8e798
+@dataclass
+class DDPOConfig(_DDPORun):
+    "The options of `DDPOTrainer`."
     train_batch_size: int = _option(1, "samples in a training batch, on each process")
     train_use_8bit_adam: bool = _option(False, "8-bit Adam of bitsandbytes")
     train_learning_rate: float = _option(3e-4, "learning rate")
@@ -98,10 +102,9 @@ class DDPOConfig(_Config):
     negative_prompts: str = _option("", "one negative prompt")
     push_to_hub: bool = _option(False, "read by scripts, not by the trainer")
 
-# %% ../nbs/15_trl.ipynb #339d8d50
+# %% ../nbs/15_trl.ipynb #87952d78
 @dataclass
-class AlignPropConfig(_Config):
-    "The options of `AlignPropTrainer`."
+class _AlignPropRun(_Config):
     exp_name: str = _option(_exp_name, "name of the experiment")
     run_name: str = _option("", "name of the run; a folder of this name in logdir")
     seed: int = _option(0, "random seed")
@@ -121,6 +124,11 @@ class AlignPropConfig(_Config):
     sample_num_steps: int = _option(50, "denoising steps")
     sample_eta: float = _option(1.0, "DDIM's eta")
     sample_guidance_scale: float = _option(5.0, "weight of classifier-free guidance")
+
+# %% ../nbs/15_trl.ipynb #6a95bcc0
+@dataclass
+class AlignPropConfig(_AlignPropRun):
+    "The options of `AlignPropTrainer`."
     train_batch_size: int = _option(1, "pictures drawn at a time, on each process")
     train_use_8bit_adam: bool = _option(False, "8-bit Adam of bitsandbytes")
     train_learning_rate: float = _option(1e-3, "learning rate")
@@ -182,15 +190,13 @@ class _Network(sd.StableDiffusion):
         uncond, cond = self._predict(x_t, t, c, ["uncond", "cond"]).chunk(2)
         return rescale_noise_cfg(uncond + self.guidance_scale*(cond - uncond), cond, self.rescale)
 
-# %% ../nbs/15_trl.ipynb #c12594dc
+# %% ../nbs/15_trl.ipynb #1ce2cd10
 def _after(t, listed):
     "The timestep listed after each of t (b,); -1 after the last"
     grid = torch.cat([listed.to(t.device).long(), torch.tensor([-1], device=t.device)])
     found = grid[:-1] == t[:, None]
     if not found.any(1).all(): raise ValueError(f"timesteps {t[~found.any(1)].tolist()} are not among the scheduler's {len(listed)}: call set_timesteps with the number that sampling used")
     return grid[found.int().argmax(1) + 1]
-
-def _wide(x): return x if x.dtype == torch.float64 else x.float()
 
 class _Steps(DDPOStableDiffusionPipeline):
     def scheduler_step(self, model_output,  # (b, *latent) the network's prediction, guided
@@ -237,7 +243,7 @@ class _Sampling(_Steps):
                 if callback and i % callback_steps == 0: callback(i, t, out.latents)
         return xs, log_probs
 
-# %% ../nbs/15_trl.ipynb #8932d425
+# %% ../nbs/15_trl.ipynb #7c783744
 def _cut_to_k(n_steps, draw, timestep, minmax):
     "How many of the last steps to differentiate: TRL's options, drawn once a batch from Python's generator"
     if draw and minmax[1] > n_steps:
@@ -246,7 +252,23 @@ def _cut_to_k(n_steps, draw, timestep, minmax):
     rule = trl_k_rule(n_steps, draw, timestep, minmax)
     return draw_k(rule, n_steps, torch.Generator().manual_seed(random.getrandbits(63))) if isinstance(rule, tuple) else rule
 
-class _Calls(_Sampling):
+# %% ../nbs/15_trl.ipynb #7c7a1026
+class _Running(_Sampling):
+    def _run(self, k, recompute, prompt, height, width, num_inference_steps, guidance_scale, negative_prompt, num_images_per_prompt, eta, generator, latents,
+             prompt_embeds, negative_prompt_embeds, output_type, return_dict, callback, callback_steps, cross_attention_kwargs, guidance_rescale):
+        pipe, net = self.sd_pipeline, self._network
+        net.guidance_scale, net.rescale, net.kwargs = max(1., float(guidance_scale)), guidance_rescale, cross_attention_kwargs
+        with torch.no_grad():
+            c = self._condition(prompt, num_images_per_prompt, guidance_scale > 1, negative_prompt, prompt_embeds, negative_prompt_embeds, cross_attention_kwargs)
+            pipe.scheduler.set_timesteps(num_inference_steps, device=pipe._execution_device)
+            x_T = self._start(len(c), height, width, c.cond.dtype, generator, latents)
+        xs, log_probs = self._chain(x_T, c, eta, generator, k, recompute, callback, callback_steps)
+        images = xs[-1] if output_type == "latent" else net.decode(xs[-1])
+        if output_type in ("pil", "np"): images = pipe.image_processor.postprocess(images.detach(), output_type, do_denormalize=[False]*len(images))
+        return DDPOPipelineOutput(images, xs, log_probs)
+
+# %% ../nbs/15_trl.ipynb #4f2410a1
+class _Calls(_Running):
     @torch.no_grad()
     def __call__(self, prompt=None, height=None, width=None, num_inference_steps=50, guidance_scale=7.5, negative_prompt=None,
                  num_images_per_prompt=1, eta=0.0, generator=None, latents=None, prompt_embeds=None, negative_prompt_embeds=None,
@@ -263,19 +285,6 @@ class _Calls(_Sampling):
         given = {k: v for k, v in locals().items() if k != "self" and "trunc" not in k and k != "gradient_checkpoint"}
         k = _cut_to_k(num_inference_steps, truncated_backprop_rand, truncated_backprop_timestep, truncated_rand_backprop_minmax) if truncated_backprop else num_inference_steps
         return self._run(k, gradient_checkpoint, **given)
-
-    def _run(self, k, recompute, prompt, height, width, num_inference_steps, guidance_scale, negative_prompt, num_images_per_prompt, eta, generator, latents,
-             prompt_embeds, negative_prompt_embeds, output_type, return_dict, callback, callback_steps, cross_attention_kwargs, guidance_rescale):
-        pipe, net = self.sd_pipeline, self._network
-        net.guidance_scale, net.rescale, net.kwargs = max(1., float(guidance_scale)), guidance_rescale, cross_attention_kwargs
-        with torch.no_grad():
-            c = self._condition(prompt, num_images_per_prompt, guidance_scale > 1, negative_prompt, prompt_embeds, negative_prompt_embeds, cross_attention_kwargs)
-            pipe.scheduler.set_timesteps(num_inference_steps, device=pipe._execution_device)
-            x_T = self._start(len(c), height, width, c.cond.dtype, generator, latents)
-        xs, log_probs = self._chain(x_T, c, eta, generator, k, recompute, callback, callback_steps)
-        images = xs[-1] if output_type == "latent" else net.decode(xs[-1])
-        if output_type in ("pil", "np"): images = pipe.image_processor.postprocess(images.detach(), output_type, do_denormalize=[False]*len(images))
-        return DDPOPipelineOutput(images, xs, log_probs)
 
 # %% ../nbs/15_trl.ipynb #4af40d08
 def _load(name, revision):
@@ -296,7 +305,22 @@ def _has_lora(name, revision):
 
 def _lora_params(unet): return {k.replace(".default.", "."): p for k, p in unet.named_parameters() if "lora_" in k}
 
-# %% ../nbs/15_trl.ipynb #bee1809c
+# %% ../nbs/15_trl.ipynb #34d3a8a3
+def _read_unet(unet, folder): return type(unet).from_pretrained(folder, subfolder="unet").state_dict()
+
+def _read_lora(pipe, folder):
+    "Tensors of a LoRA by peft's names, from this package's files or from TRL's"
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    state, *_ = type(pipe).lora_state_dict(str(folder), weight_name="pytorch_lora_weights.safetensors")
+    return convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in state.items() if not k.endswith(".alpha")})
+
+def _strip_lora(folder):
+    "A saved U-Net as it would be without its adapter"
+    from safetensors.torch import load_file, save_file
+    for f in folder.glob("*.safetensors"):
+        save_file({k.replace(".base_layer.", "."): v for k, v in load_file(f).items() if "lora_" not in k}, f, metadata={"format": "pt"})
+
+# %% ../nbs/15_trl.ipynb #117cd40b
 class _LoRAFiles(_Calls):
     "What a pipeline writes and reads."
     def save_pretrained(self, output_dir):
@@ -318,22 +342,19 @@ class _LoRAFiles(_Calls):
         with torch.no_grad():
             for k, p in now.items(): p.copy_(saved[k])
 
-def _read_unet(unet, folder): return type(unet).from_pretrained(folder, subfolder="unet").state_dict()
+# %% ../nbs/15_trl.ipynb #c82f66b7
+class _Parts(_LoRAFiles):
+    unet = property(lambda self: self.sd_pipeline.unet)
+    vae = property(lambda self: self.sd_pipeline.vae)
+    tokenizer = property(lambda self: self.sd_pipeline.tokenizer)
+    text_encoder = property(lambda self: self.sd_pipeline.text_encoder)
+    scheduler = property(lambda self: self.sd_pipeline.scheduler)
+    schedule = property(lambda self: self._network.schedule)
+    autocast = property(lambda self: contextlib.nullcontext if self.use_lora else None)
+    def set_progress_bar_config(self, *args, **kwargs): self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
-def _read_lora(pipe, folder):
-    "Tensors of a LoRA by peft's names, from this package's files or from TRL's"
-    from diffusers.utils import convert_unet_state_dict_to_peft
-    state, *_ = type(pipe).lora_state_dict(str(folder), weight_name="pytorch_lora_weights.safetensors")
-    return convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in state.items() if not k.endswith(".alpha")})
-
-def _strip_lora(folder):
-    "A saved U-Net as it would be without its adapter"
-    from safetensors.torch import load_file, save_file
-    for f in folder.glob("*.safetensors"):
-        save_file({k.replace(".base_layer.", "."): v for k, v in load_file(f).items() if "lora_" not in k}, f, metadata={"format": "pt"})
-
-# %% ../nbs/15_trl.ipynb #c9d17354
-class DefaultDDPOStableDiffusionPipeline(_LoRAFiles):
+# %% ../nbs/15_trl.ipynb #b3a21130
+class DefaultDDPOStableDiffusionPipeline(_Parts):
     "A Stable Diffusion 1.x or 2.x pipeline that the trainers can sample, score and train."
     def __init__(self, pretrained_model_name,  # "tiny", a folder in diffusers' format, or a hub id
                  *, pretrained_model_revision="main",  # branch, tag or commit on the hub
@@ -353,15 +374,6 @@ class DefaultDDPOStableDiffusionPipeline(_LoRAFiles):
         if self.use_lora and not getattr(self.unet, "peft_config", None): sd.add_lora(self._network, rank=4, seed=torch.initial_seed() % 2**31)
         for p in _lora_params(self.unet).values(): p.data = p.data.float(); p.requires_grad_(True)
         return self.unet
-
-    unet = property(lambda self: self.sd_pipeline.unet)
-    vae = property(lambda self: self.sd_pipeline.vae)
-    tokenizer = property(lambda self: self.sd_pipeline.tokenizer)
-    text_encoder = property(lambda self: self.sd_pipeline.text_encoder)
-    scheduler = property(lambda self: self.sd_pipeline.scheduler)
-    schedule = property(lambda self: self._network.schedule)
-    autocast = property(lambda self: contextlib.nullcontext if self.use_lora else None)
-    def set_progress_bar_config(self, *args, **kwargs): self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
 # %% ../nbs/15_trl.ipynb #c4fc905a
 def _find_checkpoint(where):
@@ -386,7 +398,7 @@ def _accelerator(config, iteration, accumulate):
     precision = "no" if config.mixed_precision == "none" else config.mixed_precision
     return Accelerator(log_with=config.log_with, mixed_precision=precision, project_config=project, gradient_accumulation_steps=accumulate, **config.accelerator_kwargs)
 
-# %% ../nbs/15_trl.ipynb #235951f0
+# %% ../nbs/15_trl.ipynb #864299dd
 _CARD = """---
 base_model: {base}
 library_name: diffusers
@@ -403,8 +415,8 @@ pipe = StableDiffusionPipeline.from_pretrained("{name}")
 {lora}```
 """
 
-class _Sharing:
-    "What is written when training is done."
+# %% ../nbs/15_trl.ipynb #5215d100
+class _Card:
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         "Write README.md beside the last saved model, or in the run's folder"
         if not self.accelerator.is_main_process: return
@@ -417,6 +429,9 @@ class _Sharing:
         folder.mkdir(parents=True, exist_ok=True)
         (folder/"README.md").write_text(_CARD.format(base=base, tags=sorted(tags | set(self._tag_names)), name=name, method=method, title=title, paper=paper, data=data, lora=lora))
 
+# %% ../nbs/15_trl.ipynb #89d96ff9
+class _Sharing(_Card):
+    "What is written when training is done."
     def _save_pretrained(self, save_directory):
         self._saved_in = save_directory
         self.sd_pipeline.save_pretrained(save_directory)
@@ -445,7 +460,7 @@ class _Sharing:
             return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, revision=branch, create_pr=create_pr,
                                      allow_patterns=allow_patterns, ignore_patterns=ignore_patterns, delete_patterns=delete_patterns)
 
-# %% ../nbs/15_trl.ipynb #0038431c
+# %% ../nbs/15_trl.ipynb #9cc9a241
 def _pair(scored): return scored if isinstance(scored, (tuple, list)) else (scored, {})  # this book's rewards return no metadata
 
 class _NoTracker:
@@ -453,8 +468,8 @@ class _NoTracker:
     name = "none"
     def __getattr__(self, name): return lambda *args, **kwargs: None
 
-class _Engine(_Sharing):
-    "Set-up, one optimizer step, checkpoints."
+# %% ../nbs/15_trl.ipynb #0cecd52e
+class _Setup(_Sharing):
     def _prepare(self):
         "Devices and precisions, the optimizer, equal weights on all processes"
         from accelerate.utils import broadcast
@@ -478,6 +493,8 @@ class _Engine(_Sharing):
         return kind(trainable_layers_parameters, lr=c.train_learning_rate, betas=(c.train_adam_beta1, c.train_adam_beta2),
                     weight_decay=c.train_adam_weight_decay, eps=c.train_adam_epsilon)
 
+# %% ../nbs/15_trl.ipynb #36e2031a
+class _Engine(_Setup):
     def _optimizer_step(self, loss, where):
         "Backward; and where a whole update has come together: average, clip, check, step"
         acc = self.accelerator
@@ -498,52 +515,10 @@ class _Engine(_Sharing):
         ids = tok(prompts, return_tensors="pt", padding="max_length", truncation=True, max_length=tok.model_max_length).input_ids.to(self.accelerator.device)
         return ids, self.sd_pipeline.text_encoder(ids)[0]
 
-# %% ../nbs/15_trl.ipynb #6a645da4
-class _Trainer(_Engine):
-    "What the two trainers share; each defines `step`, `calculate_loss` and `_generate_samples`."
-    def __init__(self, config,  # DDPOConfig or AlignPropConfig
-                 reward_function,  # images (b, 3, h, w) in [0, 1], b prompts, b metadata -> b rewards, metadata
-                 prompt_function,  # () -> prompt, metadata
-                 sd_pipeline,  # a DDPOStableDiffusionPipeline
-                 image_samples_hook=None,  # called with samples, global step, tracker: see `step`
-                 ):
-        from accelerate.utils import set_seed
-        self.config, self.reward_fn, self.prompt_fn, self.sd_pipeline, self.image_samples_callback = config, reward_function, prompt_function, sd_pipeline, image_samples_hook
-        self.first_epoch, self.global_step, self._epoch, iteration, self.stat_tracker = 0, 0, -1, 0, None
-        if config.resume_from:
-            config.resume_from, number = _find_checkpoint(config.resume_from)
-            iteration = number + 1
-        self.accelerator = _accelerator(config, iteration, self._accumulated())
-        okay, message = self._config_check()
-        if not okay: raise ValueError(message)
-        self._open_trackers()
-        set_seed(config.seed, device_specific=True)
-        sd_pipeline.set_progress_bar_config(position=1, disable=not self.accelerator.is_local_main_process, leave=False, desc="Timestep")
-        if config.allow_tf32 and torch.cuda.is_available(): torch.backends.cuda.matmul.allow_tf32 = True
-        self._prepare()
-        self.neg_prompt_embed = self._embed([config.negative_prompts or ""])[1]
-        self._set_up()
-        self.accelerator.register_save_state_pre_hook(self._save_model_hook)
-        self.accelerator.register_load_state_pre_hook(self._load_model_hook)
-        self.accelerator.register_for_checkpointing(self)
-        if config.resume_from: self.accelerator.load_state(config.resume_from)
-
-    def _set_up(self): pass
-    def _config_check(self): return True, ""
-    def _accumulated(self): return self.config.train_gradient_accumulation_steps
-
-    def _open_trackers(self):
-        if not self.accelerator.is_main_process: return
-        flat = self.config.to_dict()
-        if self.config.log_with == "tensorboard": flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()}
-        else: flat = {f"{self._tag_names[1]}_trainer_config": flat}
-        self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=self.config.tracker_kwargs)
-
-    def _show(self, data, global_step):
-        if self.image_samples_callback is not None: self.image_samples_callback(data, global_step, (self.accelerator.trackers or [_NoTracker()])[0])
-
-    def state_dict(self):  # what a checkpoint holds beside weights, optimizer and random states
-        return dict(epoch=self._epoch, global_step=self.global_step, tracker=self.stat_tracker and self.stat_tracker.state_dict())
+# %% ../nbs/15_trl.ipynb #13b77c8e
+class _Saving(_Engine):
+    "What a checkpoint holds beside weights, optimizer and random states; and the loop that leaves checkpoints."
+    def state_dict(self): return dict(epoch=self._epoch, global_step=self.global_step, tracker=self.stat_tracker and self.stat_tracker.state_dict())
     def load_state_dict(self, state):
         self._epoch, self.global_step, self.first_epoch = state["epoch"], state["global_step"], state["epoch"] + 1
         if self.stat_tracker: self.stat_tracker.load_state_dict(state["tracker"])
@@ -567,12 +542,60 @@ class _Trainer(_Engine):
             self.first_epoch = epoch + 1
         if self._epoch < epochs - 1: self._save(epochs - 1, self.global_step)
 
+# %% ../nbs/15_trl.ipynb #73302eae
+class _Opening(_Saving):
+    def _set_up(self): pass  # what a trainer adds before a checkpoint is read
+    def _config_check(self): return True, ""
+    def _accumulated(self): return self.config.train_gradient_accumulation_steps
+
+    def _open(self):
+        from accelerate.utils import set_seed
+        c, iteration = self.config, 0
+        if c.resume_from:
+            c.resume_from, number = _find_checkpoint(c.resume_from)
+            iteration = number + 1
+        self.accelerator = _accelerator(c, iteration, self._accumulated())
+        okay, message = self._config_check()
+        if not okay: raise ValueError(message)
+        if self.accelerator.is_main_process: self._open_trackers(c.to_dict())
+        set_seed(c.seed, device_specific=True)
+
+    def _open_trackers(self, flat):
+        if self.config.log_with == "tensorboard": flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()}
+        else: flat = {f"{self._tag_names[1]}_trainer_config": flat}
+        self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=self.config.tracker_kwargs)
+
+    def _show(self, data, global_step):
+        if self.image_samples_callback is not None: self.image_samples_callback(data, global_step, (self.accelerator.trackers or [_NoTracker()])[0])
+
+# %% ../nbs/15_trl.ipynb #0d4605d3
+class _Trainer(_Opening):
+    "What the two trainers share; each defines `step`, `calculate_loss` and `_generate_samples`."
+    def __init__(self, config,  # DDPOConfig or AlignPropConfig
+                 reward_function,  # images (b, 3, h, w) in [0, 1], b prompts, b metadata -> b rewards, metadata
+                 prompt_function,  # () -> prompt, metadata
+                 sd_pipeline,  # a DDPOStableDiffusionPipeline
+                 image_samples_hook=None,  # called with samples, global step, tracker: see `step`
+                 ):
+        self.config, self.reward_fn, self.prompt_fn, self.sd_pipeline, self.image_samples_callback = config, reward_function, prompt_function, sd_pipeline, image_samples_hook
+        self.first_epoch, self.global_step, self._epoch, self.stat_tracker = 0, 0, -1, None
+        self._open()
+        sd_pipeline.set_progress_bar_config(position=1, disable=not self.accelerator.is_local_main_process, leave=False, desc="Timestep")
+        if config.allow_tf32 and torch.cuda.is_available(): torch.backends.cuda.matmul.allow_tf32 = True
+        self._prepare()
+        self.neg_prompt_embed = self._embed([config.negative_prompts or ""])[1]
+        self._set_up()
+        self.accelerator.register_save_state_pre_hook(self._save_model_hook)
+        self.accelerator.register_load_state_pre_hook(self._load_model_hook)
+        self.accelerator.register_for_checkpointing(self)
+        if config.resume_from: self.accelerator.load_state(config.resume_from)
+
     def loss(self, advantages, clip_range, ratio):
         "PPO's clipped surrogate with the sign turned, from ratios (b,)"
         return -torch.minimum(advantages*ratio, advantages*ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
 
-# %% ../nbs/15_trl.ipynb #320e8401
-class _DDPOSampling(_Trainer):
+# %% ../nbs/15_trl.ipynb #6f5d0d0a
+class _DDPOChecks(_Trainer):
     _tag_names, _paper = ["trl", "ddpo"], ("DDPO", "Training Diffusion Models with Reinforcement Learning", "2305.13301")
 
     @property
@@ -595,6 +618,8 @@ class _DDPOSampling(_Trainer):
         if not 0 < c.sample_eta <= 1: return False, f"sample_eta ({c.sample_eta}) must be in 0 < eta <= 1: a policy gradient needs noise in every step"
         return True, ""
 
+# %% ../nbs/15_trl.ipynb #886e8e27
+class _DDPOSampling(_DDPOChecks):
     @torch.no_grad()
     def _generate_samples(self, iterations,  # batches
                           batch_size,  # pictures in each
@@ -620,8 +645,64 @@ class _DDPOSampling(_Trainer):
         scored = list((self.executor.map if is_async else map)(score, [pair[:3] for pair in prompt_image_pairs]))
         return zip(*[(torch.as_tensor(r, device=self.accelerator.device), m) for r, m in scored])
 
-# %% ../nbs/15_trl.ipynb #3893a981
-class DDPOTrainer(_DDPOSampling):
+# %% ../nbs/15_trl.ipynb #dcdf856d
+class _DDPOBatches(_DDPOSampling):
+    def _advantages(self, rewards, prompt_ids):
+        "Of all processes' samples together; then this process's share"
+        if self.config.per_prompt_stat_tracking:
+            prompts = self.sd_pipeline.tokenizer.batch_decode(self.accelerator.gather(prompt_ids).cpu(), skip_special_tokens=True)
+            advantages = self.stat_tracker.update(prompts, rewards)
+        else: advantages = standardize(rewards, eps=1e-8)
+        return advantages.reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index].to(self.accelerator.device)
+
+    def _shuffled(self, samples):
+        "Samples in a random order, and the steps of each in an order of its own"
+        n, T = samples["timesteps"].shape
+        perm = torch.randperm(n, device=self.accelerator.device)
+        samples = {k: v[perm] for k, v in samples.items()}
+        steps = torch.stack([torch.randperm(T, device=self.accelerator.device) for _ in range(n)])
+        rows = torch.arange(n, device=steps.device)[:, None]
+        return samples | {k: samples[k][rows, steps] for k in ("timesteps", "latents", "next_latents", "log_probs")}
+
+# %% ../nbs/15_trl.ipynb #eee8efca
+class _DDPOLoss(_DDPOBatches):
+    def calculate_loss(self, latents,  # (b, *latent) x_t
+                       timesteps,  # (b,) long
+                       next_latents,  # (b, *latent)
+                       log_probs,  # (b,) those of sampling
+                       advantages,  # (b,) not clipped yet
+                       embeds,  # (2b, n_tokens, d), negative prompts first; (b, n_tokens, d) where train_cfg is False
+                       ):  # -> loss, approx_kl, clip fraction, scalars
+        c, unet = self.config, self.sd_pipeline.unet
+        with self.autocast():
+            if c.train_cfg and c.sample_guidance_scale > 1:
+                uncond, cond = unet(torch.cat([latents]*2), torch.cat([timesteps]*2), embeds).sample.chunk(2)
+                pred = uncond + c.sample_guidance_scale*(cond - uncond)
+            else: pred = unet(latents, timesteps, embeds[-len(latents):]).sample
+            log_prob = self.sd_pipeline.scheduler_step(pred, timesteps, latents, eta=c.sample_eta, prev_sample=next_latents).log_probs
+        ratio = importance_ratio(log_prob, log_probs)
+        loss = self.loss(advantages.clamp(-c.train_adv_clip_max, c.train_adv_clip_max), c.train_clip_range, ratio)
+        return loss, approx_kl(log_prob, log_probs), clip_fraction(ratio, c.train_clip_range)
+
+# %% ../nbs/15_trl.ipynb #a6ae3636
+class _DDPOTraining(_DDPOLoss):
+    def _train_batched_samples(self, inner_epoch, epoch, global_step, batched_samples):  # -> the global step after it
+        c, acc, info = self.config, self.accelerator, defaultdict(list)
+        for s in batched_samples:
+            embeds = torch.cat([s["negative_prompt_embeds"], s["prompt_embeds"]]) if c.train_cfg else s["prompt_embeds"]
+            for j in range(self.num_train_timesteps):
+                with acc.accumulate(self.sd_pipeline.unet):
+                    out = self.calculate_loss(s["latents"][:, j], s["timesteps"][:, j], s["next_latents"][:, j], s["log_probs"][:, j], s["advantages"], embeds)
+                    for k, v in zip(("loss", "approx_kl", "clipfrac"), out): info[k].append(v.detach())
+                    self._optimizer_step(out[0], f"epoch {epoch}, optimizer step {global_step}")
+                if acc.sync_gradients:
+                    means = acc.reduce({k: torch.stack(v).mean() for k, v in info.items()}, reduction="mean")
+                    acc.log(dict(means, epoch=epoch, inner_epoch=inner_epoch), step=global_step)
+                    global_step, info = global_step + 1, defaultdict(list)
+        return global_step
+
+# %% ../nbs/15_trl.ipynb #c7119873
+class DDPOTrainer(_DDPOTraining):
     "DDPO-IS (Black et al. 2023, arXiv 2305.13301) with TRL's interface."
     def step(self, epoch, global_step):  # -> the global step after it
         "One epoch; the hook gets [[images, prompts, prompt metadata, rewards, reward metadata], ...], one a sampling batch"
@@ -643,79 +724,9 @@ class DDPOTrainer(_DDPOSampling):
         if epoch != 0 and epoch % c.save_freq == 0: self._save(epoch, global_step)
         return global_step
 
-    def _advantages(self, rewards, prompt_ids):
-        "Of all processes' samples together; then this process's share"
-        if self.config.per_prompt_stat_tracking:
-            prompts = self.sd_pipeline.tokenizer.batch_decode(self.accelerator.gather(prompt_ids).cpu(), skip_special_tokens=True)
-            advantages = self.stat_tracker.update(prompts, rewards)
-        else: advantages = standardize(rewards, eps=1e-8)
-        return advantages.reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index].to(self.accelerator.device)
-
-    def _shuffled(self, samples):
-        "Samples in a random order, and the steps of each in an order of its own"
-        n, T = samples["timesteps"].shape
-        perm = torch.randperm(n, device=self.accelerator.device)
-        samples = {k: v[perm] for k, v in samples.items()}
-        steps = torch.stack([torch.randperm(T, device=self.accelerator.device) for _ in range(n)])
-        rows = torch.arange(n, device=steps.device)[:, None]
-        return samples | {k: samples[k][rows, steps] for k in ("timesteps", "latents", "next_latents", "log_probs")}
-
-    def calculate_loss(self, latents,  # (b, *latent) x_t
-                       timesteps,  # (b,) long
-                       next_latents,  # (b, *latent)
-                       log_probs,  # (b,) those of sampling
-                       advantages,  # (b,) not clipped yet
-                       embeds,  # (2b, n_tokens, d), negative prompts first; (b, n_tokens, d) where train_cfg is False
-                       ):  # -> loss, approx_kl, clip fraction, scalars
-        c, unet = self.config, self.sd_pipeline.unet
-        with self.autocast():
-            if c.train_cfg and c.sample_guidance_scale > 1:
-                uncond, cond = unet(torch.cat([latents]*2), torch.cat([timesteps]*2), embeds).sample.chunk(2)
-                pred = uncond + c.sample_guidance_scale*(cond - uncond)
-            else: pred = unet(latents, timesteps, embeds[-len(latents):]).sample
-            log_prob = self.sd_pipeline.scheduler_step(pred, timesteps, latents, eta=c.sample_eta, prev_sample=next_latents).log_probs
-        ratio = importance_ratio(log_prob, log_probs)
-        loss = self.loss(advantages.clamp(-c.train_adv_clip_max, c.train_adv_clip_max), c.train_clip_range, ratio)
-        return loss, approx_kl(log_prob, log_probs), clip_fraction(ratio, c.train_clip_range)
-
-    def _train_batched_samples(self, inner_epoch, epoch, global_step, batched_samples):  # -> the global step after it
-        c, acc, info = self.config, self.accelerator, defaultdict(list)
-        for s in batched_samples:
-            embeds = torch.cat([s["negative_prompt_embeds"], s["prompt_embeds"]]) if c.train_cfg else s["prompt_embeds"]
-            for j in range(self.num_train_timesteps):
-                with acc.accumulate(self.sd_pipeline.unet):
-                    out = self.calculate_loss(s["latents"][:, j], s["timesteps"][:, j], s["next_latents"][:, j], s["log_probs"][:, j], s["advantages"], embeds)
-                    for k, v in zip(("loss", "approx_kl", "clipfrac"), out): info[k].append(v.detach())
-                    self._optimizer_step(out[0], f"epoch {epoch}, optimizer step {global_step}")
-                if acc.sync_gradients:
-                    means = acc.reduce({k: torch.stack(v).mean() for k, v in info.items()}, reduction="mean")
-                    acc.log(dict(means, epoch=epoch, inner_epoch=inner_epoch), step=global_step)
-                    global_step, info = global_step + 1, defaultdict(list)
-        return global_step
-
-# %% ../nbs/15_trl.ipynb #7a601a3c
-class AlignPropTrainer(_Trainer):
-    "AlignProp (Prabhudesai et al. 2023, arXiv 2310.03739) with TRL's interface."
+# %% ../nbs/15_trl.ipynb #055569a1
+class _AlignPropSampling(_Trainer):
     _tag_names, _paper = ["trl", "alignprop"], ("AlignProp", "Aligning Text-to-Image Diffusion Models with Reward Backpropagation", "2310.03739")
-
-    def step(self, epoch, global_step):  # -> the global step after it
-        "One optimizer step; the hook gets a dict of images, prompts, prompt_metadata and rewards, those of its last batch"
-        c, acc, info = self.config, self.accelerator, defaultdict(list)
-        self.sd_pipeline.unet.train()
-        for _ in range(c.train_gradient_accumulation_steps):
-            with acc.accumulate(self.sd_pipeline.unet), self.autocast(), torch.enable_grad():
-                pairs = self._generate_samples(batch_size=c.train_batch_size)
-                pairs["rewards"] = self.compute_rewards(pairs)
-                loss = self.calculate_loss(pairs["rewards"])
-                self._optimizer_step(loss, f"epoch {epoch}, optimizer step {global_step}")
-            r = acc.gather(pairs["rewards"].detach()).float()
-            for k, v in (("reward_mean", r.mean()), ("reward_std", r.std(correction=0)), ("loss", loss.detach())): info[k].append(v)
-        if not acc.sync_gradients: raise ValueError("the epoch ended in the middle of an optimizer step: was gradient accumulation set twice?")
-        acc.log(dict(acc.reduce({k: torch.stack(v).mean() for k, v in info.items()}, reduction="mean"), epoch=epoch), step=global_step)
-        global_step += 1
-        if global_step % c.log_image_freq == 0: self._show(pairs, global_step)
-        if epoch != 0 and epoch % c.save_freq == 0: self._save(epoch, global_step)
-        return global_step
 
     def compute_rewards(self, prompt_image_pairs):  # -> (b,) rewards with a gradient
         rewards, _ = _pair(self.reward_fn(*(prompt_image_pairs[k] for k in ("images", "prompts", "prompt_metadata"))))
@@ -736,3 +747,25 @@ class AlignPropTrainer(_Trainer):
                                                            truncated_rand_backprop_minmax=c.truncated_rand_backprop_minmax)
         else: out = self.sd_pipeline(**ask)
         return dict(images=out.images, prompts=prompts, prompt_metadata=metadata)
+
+# %% ../nbs/15_trl.ipynb #f57197f9
+class AlignPropTrainer(_AlignPropSampling):
+    "AlignProp (Prabhudesai et al. 2023, arXiv 2310.03739) with TRL's interface."
+    def step(self, epoch, global_step):  # -> the global step after it
+        "One optimizer step; the hook gets a dict of images, prompts, prompt_metadata and rewards, those of its last batch"
+        c, acc, info = self.config, self.accelerator, defaultdict(list)
+        self.sd_pipeline.unet.train()
+        for _ in range(c.train_gradient_accumulation_steps):
+            with acc.accumulate(self.sd_pipeline.unet), self.autocast(), torch.enable_grad():
+                pairs = self._generate_samples(batch_size=c.train_batch_size)
+                pairs["rewards"] = self.compute_rewards(pairs)
+                loss = self.calculate_loss(pairs["rewards"])
+                self._optimizer_step(loss, f"epoch {epoch}, optimizer step {global_step}")
+            r = acc.gather(pairs["rewards"].detach()).float()
+            for k, v in (("reward_mean", r.mean()), ("reward_std", r.std(correction=0)), ("loss", loss.detach())): info[k].append(v)
+        if not acc.sync_gradients: raise ValueError("the epoch ended in the middle of an optimizer step: was gradient accumulation set twice?")
+        acc.log(dict(acc.reduce({k: torch.stack(v).mean() for k, v in info.items()}, reduction="mean"), epoch=epoch), step=global_step)
+        global_step += 1
+        if global_step % c.log_image_freq == 0: self._show(pairs, global_step)
+        if epoch != 0 and epoch % c.save_freq == 0: self._save(epoch, global_step)
+        return global_step
