@@ -248,21 +248,20 @@ def _on_updates(rows, c):
         yield (f"approx_kl is {kl:.2g}: a typical log ratio is {(2*kl)**.5/clip:.0f} times the clip range of {clip:.2g}, so updates overshoot. Try: a smaller train_learning_rate, "
                "fewer updates an epoch")
 
-# %% ../nbs/12b_report.ipynb #a2b63e81
+# %% ../nbs/12b_report.ipynb #45aef415
 def _batch(c):
     steps = "" if c.family == "backprop" else f" of {c.steps_per_sample} steps"
-    return f"an update averages over {c.samples_per_update} samples{steps} on each process, and an epoch has {c.updates_per_epoch} updates"
+    return f"an update averages over {c.samples_per_update} samples{steps} on each process; updates an epoch: {c.updates_per_epoch}"
 
 def _on_trends(rows, c):
     rise, t = _slope(rows, "reward_mean")
     looks = [r for r in rows if "eval_reward_mean" in r]
+    values = [looks[0]["eval_start"], *(r["eval_reward_mean"] for r in looks)] if looks else [0.]
     se = _late(rows, "reward_std")/max(1, c.eval_num_images)**.5
     if t < -3: yield f"reward_mean falls, by {-rise:.3g} over the run: {_batch(c)}. Try: a smaller train_learning_rate; make sure that a larger reward is better"
-    elif len(rows) >= 8 and abs(t) < 2:
+    elif len(rows) >= 8 and abs(t) < 2 and not values[-1] > values[0] + 2*se:
         yield (f"reward_mean is flat over {len(rows)} epochs: {_batch(c)}. Try: more samples an epoch and more images per prompt, a larger train_learning_rate if ratio_spread and clip_fraction are "
                "small, and an easier reward such as jpeg_compressibility, which says whether the setup learns at all")
-    if not looks: return
-    values = [looks[0]["eval_start"], *(r["eval_reward_mean"] for r in looks)]
     best = max(range(len(values)), key=values.__getitem__)
     if values[-1] < values[0] - 2*se and t > 2:
         yield ("the fixed-seed reward falls while the samples' rises: the policy is fitted to how it is sampled, not to the pictures you look at. Try: eval_guidance_scale equal to "

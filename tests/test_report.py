@@ -315,6 +315,14 @@ def test_findings_ignore_gauges_that_were_not_measured():
     assert R.diagnose([], TrainConfig()) == ["no epoch was finished: there is nothing to read yet"]
 
 
+def test_samples_that_look_flat_are_no_finding_where_the_fixed_seeds_rise():
+    flat = [row(e) | dict(reward_mean=-2. + .1*(-1)**e) for e in range(1, 13)]
+    (finding,) = R.diagnose(flat, TrainConfig())
+    assert finding.startswith("reward_mean is flat over 12 epochs: an update averages over 4 samples of 20 steps")
+    assert R.diagnose([r | dict(eval_start=-2.5, eval_reward_mean=-2.5 + .02*r["epoch"]) for r in flat], TrainConfig()) == []
+    assert R.diagnose([r | dict(eval_start=-2.5, eval_reward_mean=-2.5) for r in flat], TrainConfig()) == [finding]
+
+
 def test_clipped_gradients_are_normal_for_long_chains_only():
     rows = [row(e, grad_norm=4.) for e in range(1, 6)]
     assert not R.diagnose(rows, preset("tiny_alignprop")) and "fewer backprop_steps" in R.diagnose([r | dict(grad_norm=40.) for r in rows], preset("tiny_alignprop"))[0]
