@@ -6,7 +6,7 @@
 __all__ = ['TrainState', 'Step', 'setup', 'Samples', 'advantages_of', 'collect', 'update', 'minibatches', 'backprop_update',
            'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'look', 'train', 'fit']
 
-# %% ../nbs/11_train.ipynb #68ccd9d1
+# %% ../nbs/11_train.ipynb #d0f799d1
 import contextlib
 import dataclasses
 import io
@@ -28,11 +28,11 @@ import yaml
 from .advantage import PerPromptStatTracker, standardize
 from .backprop import draft_lv_sample, draw_k, refl_sample, truncated_sample
 from .config import TrainConfig, check_config, read_config, write_config
-from .evaluate import fixed_seed_images
+from .evaluate import fixed_seed_images, read_metrics
 from .policy_gradient import reinforce_loss
 from .ppo import approx_kl, clip_fraction, default_clip_range, importance_ratio, ppo_loss
 from .prompts import Prompts, get_prompt_fn
-from .report import RunLog, check_hub, check_trackers, push_report, write_report
+from .report import RunLog, check_hub, check_trackers, diagnose, push_report, write_report
 from .rewards import RewardWorkers, compute_rewards, get_reward
 from .rollout import Rollout, generator_for, sample, step_kl, step_log_prob, trainable_steps
 from .rwr import rwr_loss, softmax_weights, sparse_weights
@@ -646,7 +646,7 @@ def _with_bar(state, steps):
         bar.comment = f"epoch {step.epoch}/{cfg.num_epochs} reward {step.metrics['reward_mean']:.3f} (first {first:.3f}), fixed seeds {state.eval_gain:+.1%}"
         yield step
 
-# %% ../nbs/11_train.ipynb #530257d3
+# %% ../nbs/11_train.ipynb #2c931e31
 def _report(state):
     from ddpo_scratch import sd
     folder, cfg = state.folder, state.config
@@ -656,4 +656,5 @@ def _report(state):
         if cfg.use_lora: sd.save_lora(state.denoiser, folder/"lora")
         else: state.denoiser.pipe.save_pretrained(folder/"pipeline")
     write_report(folder, cfg, getattr(state.reward_fn, "name", cfg.reward_fn))
+    for finding in diagnose(read_metrics(folder), cfg): print("note:", finding)
     if cfg.push_to_hub: print(f"uploaded to {push_report(folder, cfg.hub_model_id)}")
