@@ -8,12 +8,13 @@
 
 Each job writes results/NAME.json: config, metrics of every epoch, minutes of training, and what was measured on the run's fixed-seed pictures at every look (its own
 reward, JPEG size, the three tiny reward models, the share of animals that the classifier names, diversity). Seeds 0 also measure what the run draws of concepts that
-were not trained on, and leave results/NAME.webp and NAME.gif: nine animals at every look. base.json has the same of the base model.
+were not trained on, and leave results/NAME.webp: nine animals at every look, one row each. base.json has the same of the base model.
 Runs (checkpoints, LoRA) stay in runs/results, which is not committed. About 7 minutes a job on one core, with another on the other.
 """
 import argparse
 import dataclasses
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -104,14 +105,13 @@ def save_strip(looks, path):
     which = [prompts[0].index(p) for p in list(dict.fromkeys(prompts[0]))[:9]]
     rows = torch.cat([torch.cat(list(x[which]), 2) for x in images], 1)
     Image.fromarray(rows.permute(1, 2, 0).numpy()).save(path, quality=90)
-    frames = [Image.fromarray(row.permute(1, 2, 0).numpy()) for row in rows.split(images[0].shape[-2], 1)]
-    frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=frames[1:] + [frames[-1]]*2, duration=700, loop=0)
 
 
 def run(name, group, config, judges, runs):
     "Train, or go on training; then measure what the run left."
     folder, parts = runs/name, dict(prompt_fn=from_list(ALIGNED)) if config.prompt_fn == "aligned" else {}
     resume = str(folder) if list(folder.glob("checkpoints/epoch_*")) else ""
+    if not resume: shutil.rmtree(folder, ignore_errors=True)                    # killed before its first checkpoint
     finished = resume and len(read_metrics(folder)) >= config.num_epochs
     if not finished: fit(dataclasses.replace(config, logdir=str(runs), run_name="" if resume else name, resume_from=resume), **parts)
     looks = {int(f.stem[-4:]): torch.load(f, weights_only=True) for f in sorted((folder/"eval").glob("epoch_*.pt"))}
