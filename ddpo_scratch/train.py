@@ -108,7 +108,7 @@ def _lr_share(config):
     dummy = torch.optim.SGD([torch.zeros(1)], 1.)
     return get_scheduler(name, dummy, num_warmup_steps=config.train_lr_warmup_steps, num_training_steps=config.num_epochs*config.updates_per_epoch).lr_lambdas[0]
 
-# %% ../nbs/11_train.ipynb #bebff15c
+# %% ../nbs/11_train.ipynb #02860db9
 _DTYPES = {"auto": None, "no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def _load_denoiser(config, device):
@@ -122,6 +122,7 @@ def _trained(config, denoiser):
     from ddpo_scratch import sd
     if config.use_lora: params = sd.add_lora(denoiser, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     else: params = list(denoiser.pipe.unet.requires_grad_(True).parameters())
+    if config.kl_weight and not config.use_lora: denoiser.keep_reference()             # a LoRA is switched off instead
     if config.decode_batch_size: denoiser.decode_batch = config.decode_batch_size
     if config.gradient_checkpointing: denoiser.pipe.unet.enable_gradient_checkpointing()
     if config.compile: denoiser.pipe.unet.compile()

@@ -1,5 +1,13 @@
-"The order of the tests: cheap checks of the project, then every notebook, then the rest, the site last."
+"""Tests run side by side, a file at a time (pytest-xdist; `pytest -n 0` runs them one after the other).
+
+The order: cheap checks of the project, then every notebook, then the rest, the site last.
+"""
+import os
+
 ORDER = {"test_project.py": 0, "test_notebooks.py": 1, "test_site.py": 3}
+
+# before torch is imported: workers share the cores
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"): os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
 def pytest_collection_modifyitems(items):

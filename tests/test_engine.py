@@ -144,6 +144,11 @@ def test_gradient_checkpointing_is_on(tmp_path):
     assert state.denoiser.pipe.unet.is_gradient_checkpointing and any(getattr(m, "gradient_checkpointing", False) for m in state.denoiser.pipe.unet.modules())
 
 
+def test_a_kl_penalty_under_full_fine_tuning_keeps_a_copy_of_the_base_model(tmp_path):
+    steps = [s for s in T.train(small(tmp_path, run_name="a", use_lora=False, train_learning_rate=1e-4, kl_weight=.1))]
+    assert steps[0].kl == 0 and steps[-1].kl > 0
+
+
 def test_negative_prompts_are_what_guidance_leaves(tmp_path):
     a, b = (T.setup(small(tmp_path, sample_guidance_scale=2., negative_prompts=n)).denoiser.encode(["a fox"]) for n in ("", "a blue background"))
     assert torch.equal(a.cond, b.cond) and not torch.equal(a.uncond, b.uncond)
