@@ -10,7 +10,8 @@ which cost what the real ones do), --precision no|bf16|fp16, --rate (the share o
 
 Equal settings: 64 pictures an epoch in batches of 16, 20 steps, guidance 3, LoRA of rank 4 on attention, minibatches of 16, one process. Three sides: "trl" is TRL,
 "drop-in" is ddpo_scratch.trl with the same lines, "here" is ddpo_scratch.train. Each runs in a process of its own; its first epoch warms up and is left out, the rest
-are averaged. AlignProp differentiates the last step (K = 1) or all, recomputing activations, as TRL always does; its epoch is one update of 64 pictures in parts of 16.
+are averaged. CPU seconds are of all threads, a check where other work shares the machine. AlignProp differentiates the last step (K = 1) or all, recomputing
+activations, as TRL always does; its epoch is one update of 64 pictures in parts of 16, and "here" counts its sampling as training.
 Memory is the peak while training, above what was there with the model loaded: resident memory on a CPU (Linux), allocated memory on a GPU (there from zero).
 
 Tuned: the reward is JPEG size, the goal that 45 pictures with fixed noise (guidance 3, eta 0, never trained on) weigh --target less than the base model's. They are
@@ -24,6 +25,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,14 +44,14 @@ BOTH = dict(sample_num_steps=20, sample_guidance_scale=3., mixed_precision="no",
 DDPO = dict(BOTH, sample_batch_size=16, sample_num_batches_per_epoch=4, train_batch_size=16, train_learning_rate=3e-4)
 ALIGN = dict(BOTH, train_batch_size=16, train_gradient_accumulation_steps=4, train_learning_rate=1e-3)
 PLAIN = dict(stop_gain=0., eval_num_images=0, eval_freq=0, save_freq=10**6)                              # nothing but the loop
-AS_TRL = PLAIN | dict(lora_rank=4, lora_alpha=4, sample_images_per_prompt=1, per_prompt_stat_tracking=False, train_clip_range=1e-4, train_micro_batch_size=16)
+AS_TRL = PLAIN | dict(lora_rank=4, lora_alpha=4, sample_images_per_prompt=1, per_prompt_stat_tracking=False, train_clip_range=1e-4)
 QUICK = dict(ddpo=dict(sample_num_steps=4, sample_batch_size=4, sample_num_batches_per_epoch=2, train_batch_size=4),
              align=dict(sample_num_steps=4, train_batch_size=4, train_gradient_accumulation_steps=2))
 
 EXAMPLE = dict(mixed_precision="no", sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32)
-UNGUIDED = EXAMPLE | dict(sample_num_steps=20, sample_guidance_scale=1., train_cfg=False)
+UNGUIDED = EXAMPLE | dict(sample_num_steps=20, sample_guidance_scale=1.0001, train_cfg=False)               # at 1 its pipeline crashes: so it pays for guidance in sampling
 UPDATES = UNGUIDED | dict(sample_batch_size=32, sample_num_batches_per_epoch=2, train_batch_size=4, train_learning_rate=2e-3, train_clip_range=1.6e-3,
-                          per_prompt_stat_tracking_buffer_size=8, per_prompt_stat_tracking_min_count=4)
+                          per_prompt_stat_tracking=False)                                                # TRL draws prompts singly: a prompt's memory would span many epochs
 TUNED = {"here, recommended": ("here", PLAIN), "here, half of the timesteps": ("here", PLAIN | dict(train_timestep_fraction=.5)),
          "here, twice the updates": ("here", PLAIN | dict(train_batch_size=2)), "here, rank 4": ("here", PLAIN | dict(lora_rank=4, lora_alpha=4)),
          "trl, its example": ("trl", EXAMPLE), "trl, 20 steps without guidance": ("trl", UNGUIDED), "trl, more updates": ("trl", UPDATES),
@@ -117,11 +119,11 @@ def epochs_of_trl(lib, job):
     def run():
         step = 0
         for epoch in range(job["epochs"]):
-            clock["sampling"], start = 0., now()
+            clock["sampling"], start, cpu = 0., now(), time.process_time()
             seen.clear()
             step = trainer.step(epoch, step)
             total = now() - start
-            yield dict(sampling=clock["sampling"], training=total - clock["sampling"], queries=len(seen), reward=sum(seen)/len(seen), updates=step)
+            yield dict(sampling=clock["sampling"], training=total - clock["sampling"], cpu=time.process_time() - cpu, queries=len(seen), reward=sum(seen)/len(seen), updates=step)
     return pipe.sd_pipeline, run()
 
 
@@ -136,25 +138,24 @@ def epochs_of_train(job):
     state = setup(config, reward_fn=blueness if align else compressibility, prompt_fn=from_list(PROMPTS))
 
     def run():
-        queries, start = 0, now()
+        queries, cpu = 0, time.process_time()
         for step in train(state=state):
             if not step.metrics: continue
-            m, total = step.metrics, now() - start
-            sampling = m["seconds_sampling"]                                                             # 0 for AlignProp, whose forward pass is part of the update
-            yield dict(sampling=sampling, training=m["seconds_training"], queries=m["reward_queries"] - queries, reward=m["reward_mean"], updates=m["global_step"], wall=total)
-            queries, start = m["reward_queries"], now()
+            m = step.metrics                                                                             # AlignProp samples within the update: seconds_sampling is 0
+            yield dict(sampling=m["seconds_sampling"], training=m["seconds_training"], cpu=time.process_time() - cpu, queries=m["reward_queries"] - queries, reward=m["reward_mean"], updates=m["global_step"])
+            queries, cpu = m["reward_queries"], time.process_time()
     return state.denoiser.pipe, run()
 
 
-def held_out(pipe):
-    "Mean JPEG kB of 45 pictures with fixed noise, by plain diffusers"
+def held_out(pipe, prompts, n_steps):
+    "Mean JPEG kB of a picture a prompt with fixed noise, by plain diffusers"
     import torch
     unet, sizes = pipe.unet, []
-    noise = torch.randn(len(PROMPTS), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size, generator=torch.Generator().manual_seed(1000))
+    noise = torch.randn(len(prompts), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size, generator=torch.Generator().manual_seed(1000))
     pipe.set_progress_bar_config(disable=True)
-    for lo in range(0, len(PROMPTS), 15):
-        ask = dict(latents=noise[lo:lo + 15].to(unet.device, pipe.text_encoder.dtype), num_inference_steps=20, guidance_scale=3., eta=0., output_type="pt")
-        sizes += map(jpeg_kb, pipe(PROMPTS[lo:lo + 15], **ask).images.float())
+    for lo in range(0, len(prompts), 15):
+        ask = dict(latents=noise[lo:lo + 15].to(unet.device, pipe.text_encoder.dtype), num_inference_steps=n_steps, guidance_scale=3., eta=0., output_type="pt")
+        sizes += map(jpeg_kb, pipe(prompts[lo:lo + 15], **ask).images.float())
     return sum(sizes)/len(sizes)
 
 
@@ -181,7 +182,9 @@ def rate(job):
 
 
 def worker(job):
+    import diffusers
     import torch
+    diffusers.utils.logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
     if job["side"] == "rate": return rate(job)
     if job["side"] == "here": pipe, run = epochs_of_train(job)
@@ -191,13 +194,14 @@ def worker(job):
     else:
         import trl as lib
         pipe, run = epochs_of_trl(lib, job)
-    goal = job["target"] and held_out(pipe)*(1 - job["target"])
+    look = (PROMPTS[:6], 4) if job["quick"] else (PROMPTS, 20)
+    goal = job["target"] and held_out(pipe, *look)*(1 - job["target"])
     loaded, rows, seconds, queries = memory(reset=True), [], 0., 0
     for row in run:
         seconds, queries = seconds + row["sampling"] + row["training"], queries + row["queries"]
         rows.append(dict(row, seconds_so_far=seconds, queries_so_far=queries))
         if goal:
-            rows[-1]["held_out_kb"] = held_out(pipe)
+            rows[-1]["held_out_kb"] = held_out(pipe, *look)
             print(f"  {job['name']}: {seconds:.0f} s, {queries} queries, {rows[-1]['held_out_kb']:.3f} kB (goal {goal:.3f})", file=sys.stderr, flush=True)
             if rows[-1]["held_out_kb"] <= goal or seconds > job["limit"]: break
     out = dict(peak_mib=round(memory() - (0 if torch.cuda.is_available() else loaded)), rows=rows)
@@ -228,7 +232,7 @@ def ask(job, python):
     "Run a side in a process of its own -> what it printed last"
     with tempfile.TemporaryDirectory() as folder:
         job = dict(job, folder=folder)
-        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(job["threads"]), **QUIET}  # freed memory goes back at once, so that peaks mean something
+        env = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), **QUIET}
         done = subprocess.run([python, __file__, "--worker", json.dumps(job)], stdout=subprocess.PIPE, text=True, env=env, cwd=folder)
     if done.returncode: raise SystemExit(f"{job['name']} failed: see above; its settings were {job['fields']}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -241,18 +245,18 @@ def equal_jobs(args):
         for k in (0,) if method == "ddpo" else (1, fields["sample_num_steps"]):
             for side, compiled in sides:
                 name = f"{'ddpo' if method == 'ddpo' else f'alignprop K={k}'}, {side}{' compiled' if compiled else ''}"
-                yield dict(name=name, side=side, method=method, k=k, compile=compiled, fields=fields | (AS_TRL if side == "here" else {}), epochs=1 + args.epochs, target=0, limit=0)
+                yield dict(name=name, side=side, method=method, k=k, compile=compiled, fields=fields | (AS_TRL | dict(train_micro_batch_size=fields["train_batch_size"]) if side == "here" else {}), epochs=1 + args.epochs, target=0, limit=0)
 
 
 def tuned_jobs(args):
     for name, (side, fields) in TUNED.items():
-        yield dict(name=name, side=side, method="ddpo", k=0, compile=False, fields=fields | dict(seed=args.seed), epochs=2 if args.quick else 400, target=args.target, limit=args.limit)
+        yield dict(name=name, side=side, method="ddpo", k=0, compile=False, fields=fields | (QUICK["ddpo"] if args.quick else {}) | dict(seed=args.seed), epochs=2 if args.quick else 400, target=args.target, limit=args.limit)
 
 
 def summary(job, found):
     rows = found["rows"][1:] if not job["target"] else found["rows"]
     mean = lambda k: round(sum(r[k] for r in rows)/len(rows), 2)
-    out = dict(seconds_sampling=mean("sampling"), seconds_training=mean("training"), pictures=rows[-1]["queries"], epochs=len(rows), peak_mib=found["peak_mib"])
+    out = dict(seconds_sampling=mean("sampling"), seconds_training=mean("training"), cpu_seconds=mean("cpu"), pictures=rows[-1]["queries"], epochs=len(rows), peak_mib=found["peak_mib"])
     if job["target"]: out.update(seconds=round(rows[-1]["seconds_so_far"], 1), queries=rows[-1]["queries_so_far"], reached=found["reached"], goal_kb=round(found["goal_kb"], 4))
     keep = ("queries_so_far", "seconds_so_far", "reward", "held_out_kb")
     return out | dict(fields=job["fields"], curve=[{k: round(r[k], 4) for k in keep if k in r} for r in found["rows"]])
@@ -265,32 +269,34 @@ def table(rows, part):
         total, trl = r["seconds_sampling"] + r["seconds_training"], rows.get(f"{name.split(',')[0]}, trl")
         against = f"{(trl['seconds_sampling'] + trl['seconds_training'])/total:.2f} x TRL's speed" if trl else ""
         share = f", {r['share_of_matrix_rate']:.0%} of the device's matrix rate" if "share_of_matrix_rate" in r else ""
-        lines.append(f"{name:28} sampling {r['seconds_sampling']:7.2f} s, training {r['seconds_training']:7.2f} s, in all {total:7.2f} s, peak {r['peak_mib']:6} MiB  {against}{share}")
+        lines.append(f"{name:28} sampling {r['seconds_sampling']:7.2f} s, training {r['seconds_training']:7.2f} s, in all {total:7.2f} s ({r['cpu_seconds']:7.2f} s of CPU), peak {r['peak_mib']:6} MiB  {against}{share}")
     return lines
 
 
 def main(args):
     import torch
-    part, path = "tuned" if args.tuned else "equal", HERE/("trl_quick.json" if args.quick else "trl.json")
+    if (python := shutil.which(args.trl_python)) is None: raise SystemExit(f"--trl_python {args.trl_python}: no such program; give the python of an environment with trl==0.23.1")
+    part, path = "tuned" if args.tuned else "equal", Path(tempfile.gettempdir())/"trl_quick.json" if args.quick else HERE/"trl.json"
     log, model = json.loads(path.read_text()) if path.exists() else {}, args.model
     with tempfile.TemporaryDirectory() as folder:
         if args.shape == "sd15": model = make_sd15(folder)
         if model == "tiny":
             from ddpo_scratch.sd import TINY
             model = str(TINY)
+        else: model = str(Path(model).resolve())
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         about = dict(model=args.shape or Path(model).name, device=device, threads=args.threads, torch=torch.__version__, precision=args.precision, quick=args.quick)
         found = log.setdefault(part, dict(about=about, rows={}))
         if found["about"] != about: raise SystemExit(f"{path.name} holds a run of {found['about']}, this one is of {about}: move the file away first")
         for job in (tuned_jobs if args.tuned else equal_jobs)(args):
             if (args.only and args.only not in job["name"]) or (not args.only and job["name"] in found["rows"]): continue
-            job = dict(job, model=model, threads=args.threads)
-            found["rows"][job["name"]] = row = summary(job, ask(job, args.trl_python if job["side"] == "trl" else sys.executable)) | dict(load=round(os.getloadavg()[0], 1))
+            job = dict(job, model=model, threads=args.threads, quick=args.quick)
+            found["rows"][job["name"]] = row = summary(job, ask(job, os.path.abspath(python) if job["side"] == "trl" else sys.executable)) | dict(load=round(os.getloadavg()[0], 1))
             if args.rate and job["side"] == "here" and job["method"] == "ddpo" and part == "equal":
                 r = ask(job | dict(side="rate"), sys.executable)
                 row["share_of_matrix_rate"] = round(r["epoch_flops"]/(row["seconds_sampling"] + row["seconds_training"])/r["matrix_flops_per_second"], 4)
             path.write_text(json.dumps(log, indent=1) + "\n")
-            print(table({job["name"]: row}, part)[0], flush=True)
+            print(dict(zip(found["rows"], table(found["rows"], part)))[job["name"]], flush=True)
     print("\n".join(["", *table(found["rows"], part)]))
 
 
@@ -306,7 +312,7 @@ if __name__ == "__main__":
         p.add_argument("--epochs", type=int, default=2, help="measured, after one that warms up")
         p.add_argument("--compile", action="store_true", help="also ours compiled")
         p.add_argument("--rate", action="store_true", help="also the share of the device's matrix rate")
-        p.add_argument("--quick", action="store_true", help="sizes that only show that it runs; writes trl_quick.json")
+        p.add_argument("--quick", action="store_true", help="sizes that only show that it runs; writes trl_quick.json in the temporary folder")
         p.add_argument("--tuned", action="store_true", help="time to the same reward")
         p.add_argument("--target", type=float, default=.1, help="fall of JPEG size to reach, as a share")
         p.add_argument("--limit", type=float, default=1200., help="training seconds after which a trial gives up")
