@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'field_help', 'train_parser', 'parse_train', 'ddpo_train', 'mix_loras', 'ddpo_sample', 'ddpo_eval']
 
-# %% ../nbs/14_cli.ipynb #bad235b7
+# %% ../nbs/14_cli.ipynb #f69e642f
 import argparse
 import dataclasses
 import json
 import os
 import re
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 
 import torch
@@ -85,18 +87,7 @@ def _tell(*words):
     "Print, on the first process of several."
     if os.environ.get("RANK", "0") == "0": print(*words, flush=True)
 
-# %% ../nbs/14_cli.ipynb #7d73d9a9
-def _train(args):
-    c, world, dry = _parsed(args)
-    if dry: return _dry_run(c, world)
-    _quiet_libraries()
-    _tell(f"{c.method} on {c.model}: {c.reward_fn} over {c.prompt_fn}; at most {c.num_epochs} epochs of {c.samples_per_epoch*world} samples and {c.updates_per_epoch} updates")
-    folder = fit(c, on_epoch=_say)
-    _tell(f"\nwrote {folder}: before_after.png, strip.png, reward_curve.png, metrics.jsonl and {'lora/' if c.use_lora else 'pipeline/'}")
-    if (folder/"report.json").is_file(): _tell(_effect(folder))
-    _tell(f"pushed much further the reward goes on rising and the pictures are lost; --resume_from {folder} with a higher --stop_gain or --num_epochs goes on")
-    return 0
-
+# %% ../nbs/14_cli.ipynb #1d63f0f7
 def _say(step):
     m = step.metrics
     said = [f"reward {m['reward_mean']:.3f} ± {m['reward_std']:.3f}", f"{m['reward_queries']} reward queries"]
@@ -109,13 +100,25 @@ def _effect(folder):
     a, b = r["before"], r["after"]
     return f"fixed seeds, {a['n']} pictures: reward {a['reward_mean']:.3f} ± {a['reward_se']:.3f} before, {b['reward_mean']:.3f} ± {b['reward_se']:.3f} after"
 
+# %% ../nbs/14_cli.ipynb #bdd82fa5
+def _train(args):
+    c, world, dry = _parsed(args)
+    if dry: return _dry_run(c, world)
+    _quiet_libraries()
+    _tell(f"{c.method} on {c.model}: {c.reward_fn} over {c.prompt_fn}; at most {c.num_epochs} epochs of {c.samples_per_epoch*world} samples and {c.updates_per_epoch} updates")
+    folder = fit(c, on_epoch=_say)
+    _tell(f"\nwrote {folder}: before_after.png, strip.png, reward_curve.png, metrics.jsonl and {'lora/' if c.use_lora else 'pipeline/'}")
+    if (folder/"report.json").is_file(): _tell(_effect(folder))
+    _tell(f"pushed much further the reward goes on rising and the pictures are lost; --resume_from {folder} with a higher --stop_gain or --num_epochs goes on")
+    return 0
+
 def _dry_run(c, world):
     print(describe(c, world))
     return 0
 
 def ddpo_train(args=None): return _command(_train, args)
 
-# %% ../nbs/14_cli.ipynb #0cfcfda2
+# %% ../nbs/14_cli.ipynb #d13ff638
 def mix_loras(pipe,  # a diffusers pipeline without a LoRA
               folders,  # of runs, or with pytorch_lora_weights.safetensors
               weights=None,  # a number for each; None is 1 for each
@@ -123,7 +126,9 @@ def mix_loras(pipe,  # a diffusers pipeline without a LoRA
     "Load several LoRAs at once, their changes weighted and added."
     from ddpo_scratch import sd
     if weights is not None and len(weights) != len(folders): raise ValueError(f"{len(folders)} LoRAs and {len(weights)} weights: give a weight for each, in order")
-    for folder in folders: sd.load_lora(pipe, folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+        for folder in folders: sd.load_lora(pipe, folder)
     if folders and (len(folders) > 1 or weights): pipe.set_adapters(list(pipe.unet.peft_config), list(weights or [1.]*len(folders)))
     return pipe
 
@@ -150,7 +155,18 @@ def _drawer(a, run=None):
     steps = given(a.num_steps, run and run.sample_num_steps, TrainConfig.sample_num_steps if tiny else 50)
     return sd.denoiser_for(pipe, w, given(a.negative_prompt, run and run.negative_prompts, "")), steps, given(a.eta, run and run.sample_eta, 1.)
 
-# %% ../nbs/14_cli.ipynb #8c75e544
+# %% ../nbs/14_cli.ipynb #6d379937
+def _write_pictures(images, prompts, out, seed):
+    from torchvision.utils import save_image
+    out.mkdir(parents=True, exist_ok=True)
+    for i, (image, prompt) in enumerate(zip(images, prompts)):
+        stem = re.sub(r"\W+", "_", prompt).strip("_")[:60] or "picture"
+        tries = (out/f"{stem}-{seed}-{k}.png" for k in range(i, 10**6))
+        path = next(q for q in tries if not q.exists())
+        save_image(image, path)
+        yield path
+
+# %% ../nbs/14_cli.ipynb #347ec13a
 def _sample(args):
     from ddpo_scratch.evaluate import fixed_seed_images
     p = _drawing("ddpo_sample", "Draw pictures, with or without LoRAs.")
@@ -165,16 +181,6 @@ def _sample(args):
     den, steps, eta = _drawer(a)
     for path in _write_pictures(fixed_seed_images(den, prompts, a.seed, steps, eta), prompts, Path(a.out), a.seed): print(path)
     return 0
-
-def _write_pictures(images, prompts, out, seed):
-    from torchvision.utils import save_image
-    out.mkdir(parents=True, exist_ok=True)
-    for i, (image, prompt) in enumerate(zip(images, prompts)):
-        stem = re.sub(r"\W+", "_", prompt).strip("_")[:60] or "picture"
-        tries = (out/f"{stem}-{seed}-{k}.png" for k in range(i, 10**6))
-        path = next(q for q in tries if not q.exists())
-        save_image(image, path)
-        yield path
 
 def ddpo_sample(args=None): return _command(_sample, args)
 
@@ -221,7 +227,7 @@ def _table(results, rewards):
         cells = [(r, f"{s['rewards'][r]['mean']:.4g} ± {s['rewards'][r]['se']:.2g}") for r in rewards]
         yield f"{name:{wide}} {s['n']:5}" + "".join(f"  {text:>{max(20, len(r))}}" for r, text in cells)
 
-# %% ../nbs/14_cli.ipynb #3f6661ef
+# %% ../nbs/14_cli.ipynb #12997850
 def _of_run(a, run):
     "A run's folder as its model and its LoRA, or its pipeline."
     folder = Path(a.model)
@@ -241,7 +247,7 @@ def _save_eval(out, record, pictures):
     from ddpo_scratch.evaluate import plot_grid
     out.mkdir(parents=True, exist_ok=True)
     (out/"ddpo_eval.json").write_text(json.dumps(record, indent=1))
-    rows = [pair for images, prompts in pictures.values() for pair in zip(images[:8], prompts[:8])]
+    rows = [(x, textwrap.fill(q, 18)) for images, prompts in pictures.values() for x, q in zip(images[:8], prompts[:8])]
     fig = plot_grid([x for x, _ in rows], [q for _, q in rows], min(8, record["n"]), row_labels=list(pictures))
     fig.savefig(out/"ddpo_eval.png")
     print(f"wrote {out/'ddpo_eval.json'} and {out/'ddpo_eval.png'}")
