@@ -177,7 +177,7 @@ def _average(config, params):
     from diffusers.training_utils import EMAModel
     return EMAModel(params, decay=config.ema_decay) if config.ema_decay else None
 
-# %% ../nbs/11_train.ipynb #c3a96bf5
+# %% ../nbs/11_train.ipynb #79ca3beb
 @dataclass
 class Samples:
     "An epoch's samples on this process."
@@ -223,6 +223,11 @@ def _numbers(values):
     try: return torch.as_tensor(values, dtype=torch.float32)
     except (TypeError, ValueError): return None                                       # words, say
 
+def _kept(cfg, r):
+    "What training needs of a rollout, where it is to wait: RWR without a KL penalty asks for x0 alone."
+    if cfg.family == "regression" and not cfg.kl_weight: r = Rollout(r.xs[:, -1:].clone(), r.timesteps[-1:], r.log_probs[:, :0], r.c)
+    return r if cfg.rollout_device == "auto" else Rollout(r.xs.to(cfg.rollout_device), r.timesteps, r.log_probs, r.c)
+
 @torch.no_grad()
 def collect(state,  # a TrainState
             progress=iter,  # wraps the batches, for a progress bar
@@ -238,8 +243,7 @@ def collect(state,  # a TrainState
             prompts, metadata = zip(*(_prompt(state, k) for k in ks))
             rollout = sample(den, den.encode(prompts), cfg.sample_num_steps, cfg.sample_eta, [gen(k, "noise") for k in ks])
             images = den.decode(rollout.x0)
-            if cfg.rollout_device != "auto": rollout = Rollout(rollout.xs.to(cfg.rollout_device), rollout.timesteps, rollout.log_probs, rollout.c)
-            parts.append((rollout, images.cpu(), prompts, score(images, list(prompts), list(metadata))))
+            parts.append((_kept(cfg, rollout), images.cpu(), prompts, score(images, list(prompts), list(metadata))))
         scores = [part[3].result() for part in parts]
     rollouts, images, prompts, _ = zip(*parts)
     rewards = torch.stack([r.to(acc.device) for r, _ in scores])
