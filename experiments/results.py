@@ -44,7 +44,7 @@ BACKPROP = {"alignprop_1": dict(method="alignprop", backprop_steps="1"), "alignp
 # Captions of animal, size and background: 23 animals on three backgrounds are trained on; other animals and two other backgrounds are not.
 SCENES = lambda animals, kinds: [f"{article(size)} {size} {a} on {article(k)} {k} background" for a in animals for size in ("small", "big") for k in kinds]
 ALIGNED = SCENES(COMMON_ANIMALS[::2], ("striped", "blue", "checked"))
-UNALIGNED = {"same animals, other backgrounds": SCENES(COMMON_ANIMALS[::2], ("gradient", "red"))[::4], "other animals": SCENES(COMMON_ANIMALS[1::2], ("striped", "blue", "checked"))[::5]}
+UNALIGNED = {"same animals, other backgrounds": SCENES(COMMON_ANIMALS[::2], ("gradient", "red"))[::4], "other animals, same backgrounds": SCENES(COMMON_ANIMALS[1::2], ("striped", "blue", "checked"))[::5]}
 
 
 def jobs():
