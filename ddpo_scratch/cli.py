@@ -66,7 +66,7 @@ def parse_train(args=None,  # command line words; None reads the process's
     "Options over a YAML file, over the resumed run's configuration or a preset."
     return _parsed(args)[0]
 
-# %% ../nbs/14_cli.ipynb #f9bf795b
+# %% ../nbs/14_cli.ipynb #988a197d
 def _quiet_libraries():
     import diffusers, transformers
     for library in (diffusers, transformers):
@@ -80,6 +80,9 @@ def _command(run, args):
     _two_threads()
     try: return run(args)
     except (ValueError, FloatingPointError, OSError, ImportError) as e: print(f"error: {e}", file=sys.stderr)
+    except RuntimeError as e:
+        if not str(e).startswith("reward "): raise                                    # a reward that failed; what was trained is saved
+        print(f"error: {e}; what was trained is saved: --resume_from latest goes on", file=sys.stderr)
     except KeyboardInterrupt: print("\nstopped; resume with --resume_from latest", file=sys.stderr)
     return 2
 

@@ -138,3 +138,11 @@ def test_a_negative_prompt_changes_the_picture(tmp_path):
 
 def test_wrong_lora_folder(capsys):
     assert cli.ddpo_sample(["a fox", "--lora", "nowhere"]) == 2 and "no LoRA in 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_reward_that_fails_stops_with_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path/"failing.py").write_text("def reward(images, prompts, metadata): raise ConnectionError('no answer')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code = cli._command(cli._train, ["--reward_fn", "failing:reward", "--logdir", str(tmp_path/"runs"), "--sample_num_steps", "2", "--sample_batch_size", "4", "--eval_num_images", "0", "--stop_gain", "0"])
+    said = capsys.readouterr().err
+    assert code == 2 and "error: reward 'reward' failed on 4 pictures" in said and "ConnectionError: no answer" in said and "--resume_from latest" in said
