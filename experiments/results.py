@@ -52,8 +52,7 @@ def jobs():
     out = {}
     def add(group, name, seed=0, **fields):
         if seed:                                                                # fewer queries, and looked at before and after only
-            fields["num_epochs"] = fields["num_epochs"]*(1 if group == "backprop" else 3)//(2 if group == "backprop" else 4)
-            fields["eval_freq"] = fields["num_epochs"]
+            fields["num_epochs"] = fields["eval_freq"] = fields["num_epochs"]//2 if group == "backprop" else fields["num_epochs"]*3//4
         out[f"{group}-{name}-{seed}"] = group, TrainConfig(seed=seed, **COMMON | fields)
     methods = lambda reward, seed: [add("methods", f"{m}-{reward}", seed, method=m, reward_fn=reward, rwr_beta=BETA[reward], **f) for m, f in METHODS.items()]
     chains = lambda seed: [add("backprop", m, seed, reward_fn="tiny_aesthetic", **CHAIN | f) for m, f in BACKPROP.items()]
