@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['truncated_sample', 'draw_k', 'trl_k_rule', 'draft_lv_sample', 'refl_sample']
 
-# %% ../nbs/10_backprop.ipynb #bc6a5646
+# %% ../nbs/10_backprop.ipynb #8fa800bf
+import math
 from functools import partial
 
 import torch
@@ -57,19 +58,27 @@ def truncated_sample(
         x_t = _step(denoiser, x_t, t, t_next, c, eta, generators, checkpoint)
     return x_t
 
-# %% ../nbs/10_backprop.ipynb #551d601e
+# %% ../nbs/10_backprop.ipynb #2348382d
 def _uniform(lo, hi, generator): return int(torch.randint(lo, hi + 1, (), generator=generator))
 
+def _normal(mean, std, n_steps, generator):
+    "A normal draw, rounded up, drawn again until it is one of 1 .. n_steps"
+    if not (all(isinstance(v, (int, float)) for v in (mean, std)) and 1 <= mean <= n_steps and 0 < std <= n_steps):
+        raise ValueError(f"k={('normal', mean, std)!r} is out of range: use a mean from 1 to n_steps={n_steps} and a std from above 0 to {n_steps}")
+    while not 1 <= (k := math.ceil(mean + std * float(torch.randn((), generator=generator)))) <= n_steps: pass
+    return k
+
 def draw_k(
-    rule,               # "full", an int, or a pair (lo, hi), both ends included
+    rule,               # "full", an int, a pair (lo, hi), both ends included, or ("normal", mean, std)
     n_steps,            # int, T
     generator=None,     # CPU generator; None is torch's global one
 ):                      # -> int, 1 .. T
     "How many of the last steps to differentiate; call it once per batch (AlignProp, arXiv 2310.03739)"
     if isinstance(rule, str) and rule == "full": return n_steps
+    if isinstance(rule, (tuple, list)) and len(rule) == 3 and rule[0] == "normal": return _normal(*rule[1:], n_steps, generator)
     lo, hi = rule if isinstance(rule, (tuple, list)) and len(rule) == 2 else (rule, rule)
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in (lo, hi)):
-        raise ValueError(f"k={rule!r} is no rule: use 'full', a number of steps, or a pair (lo, hi) to draw from")
+        raise ValueError(f"k={rule!r} is no rule: use 'full', a number of steps, a pair (lo, hi) to draw from, or ('normal', mean, std)")
     if not 1 <= lo <= hi <= n_steps:
         raise ValueError(f"k={rule!r} is out of range: use 1 to n_steps={n_steps}, and lo <= hi in a pair")
     return lo if lo == hi else _uniform(lo, hi, generator)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'field_help', 'train_parser', 'parse_train', 'ddpo_train', 'mix_loras', 'ddpo_sample', 'ddpo_eval']
 
-# %% ../nbs/14_cli.ipynb #f69e642f
+# %% ../nbs/14_cli.ipynb #6be9490f
 import argparse
 import dataclasses
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .config import PRESETS, TrainConfig, check_config, describe, preset, read_config, read_fields
+from .rewards import RewardError
 from .train import find_checkpoint, fit
 
 # %% ../nbs/14_cli.ipynb #90124a1b
@@ -66,7 +67,7 @@ def parse_train(args=None,  # command line words; None reads the process's
     "Options over a YAML file, over the resumed run's configuration or a preset."
     return _parsed(args)[0]
 
-# %% ../nbs/14_cli.ipynb #988a197d
+# %% ../nbs/14_cli.ipynb #f8999c03
 def _quiet_libraries():
     import diffusers, transformers
     for library in (diffusers, transformers):
@@ -80,9 +81,7 @@ def _command(run, args):
     _two_threads()
     try: return run(args)
     except (ValueError, FloatingPointError, OSError, ImportError) as e: print(f"error: {e}", file=sys.stderr)
-    except RuntimeError as e:
-        if not str(e).startswith("reward "): raise                                    # a reward that failed; what was trained is saved
-        print(f"error: {e}; what was trained is saved: --resume_from latest goes on", file=sys.stderr)
+    except RewardError as e: print(f"error: {e}; what was trained is saved: --resume_from latest goes on", file=sys.stderr)
     except KeyboardInterrupt: print("\nstopped; resume with --resume_from latest", file=sys.stderr)
     return 2
 

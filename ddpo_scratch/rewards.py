@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['jpeg_compressibility_estimate', 'jpeg_incompressibility_estimate', 'REWARDS', 'Reward', 'jpeg_size',
-           'jpeg_compressibility', 'jpeg_incompressibility', 'jpeg_size_estimate', 'target_color', 'compute_rewards',
-           'get_reward', 'WeightedSum', 'RewardWorkers']
+           'jpeg_compressibility', 'jpeg_incompressibility', 'jpeg_size_estimate', 'target_color', 'RewardError',
+           'compute_rewards', 'get_reward', 'WeightedSum', 'RewardWorkers']
 
 # %% ../nbs/03_rewards.ipynb #8ccf3d5b
 import ast
@@ -170,7 +170,9 @@ def _check_batch(name, images, prompts, metadata):
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise ValueError(f"reward {name!r}: images lie in {low:.3g} ... {high:.3g}: needs [0, 1] without NaN (from [-1, 1]: x/2 + 0.5)")
 
-# %% ../nbs/03_rewards.ipynb #5a20cb22
+# %% ../nbs/03_rewards.ipynb #b135c4b1
+class RewardError(RuntimeError): "A reward that raised; the original is its cause."
+
 def compute_rewards(reward,  # a callable that keeps the contract
                     images,  # (b, 3, h, w) float in [0, 1]
                     prompts,  # b strings
@@ -181,7 +183,7 @@ def compute_rewards(reward,  # a callable that keeps the contract
     _check_batch(name, images, prompts, metadata)
     batch = f"on {len(prompts)} pictures {tuple(images.shape)}, the first for {prompts[0]!r}"
     try: out = reward(images, prompts, metadata)
-    except Exception as e: raise RuntimeError(f"reward {name!r} failed {batch}: {type(e).__name__}: {e}") from e
+    except Exception as e: raise RewardError(f"reward {name!r} failed {batch}: {type(e).__name__}: {e}") from e
     rewards, info = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
     try: rewards = torch.as_tensor(rewards).float()
     except Exception as e: raise ValueError(f"reward {name!r} returned {type(rewards).__name__} {batch}: needs ({len(prompts)},) numbers, or a pair of them and a dict") from e

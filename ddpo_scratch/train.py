@@ -6,7 +6,7 @@
 __all__ = ['TrainState', 'Step', 'setup', 'Samples', 'advantages_of', 'collect', 'update', 'minibatches', 'backprop_update',
            'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'look', 'train', 'fit']
 
-# %% ../nbs/11_train.ipynb #d0f799d1
+# %% ../nbs/11_train.ipynb #3302712f
 import contextlib
 import dataclasses
 import io
@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 
 from .advantage import PerPromptStatTracker, standardize
 from .backprop import draft_lv_sample, draw_k, refl_sample, truncated_sample
@@ -177,7 +176,7 @@ def _average(config, params):
     from diffusers.training_utils import EMAModel
     return EMAModel(params, decay=config.ema_decay) if config.ema_decay else None
 
-# %% ../nbs/11_train.ipynb #79ca3beb
+# %% ../nbs/11_train.ipynb #9a12aebf
 @dataclass
 class Samples:
     "An epoch's samples on this process."
@@ -241,8 +240,8 @@ def collect(state,  # a TrainState
         for j in progress(range(cfg.sample_num_batches_per_epoch)):
             ks = [(j*world + rank)*n + i for i in range(n)]
             prompts, metadata = zip(*(_prompt(state, k) for k in ks))
-            rollout = sample(den, den.encode(prompts), cfg.sample_num_steps, cfg.sample_eta, [gen(k, "noise") for k in ks])
-            images = den.decode(rollout.x0)
+            rollout = sample(den, den.encode(prompts), cfg.sample_num_steps, cfg.sample_eta, [gen(k, "noise") for k in ks], _DTYPES[cfg.rollout_dtype])
+            images = den.decode(rollout.x0.float())
             parts.append((_kept(cfg, rollout), images.cpu(), prompts, score(images, list(prompts), list(metadata))))
         scores = [part[3].result() for part in parts]
     rollouts, images, prompts, _ = zip(*parts)
@@ -271,9 +270,9 @@ def _policy_loss(state, samples, i, k):
     ratio = importance_ratio(log_prob.detach(), old)
     return loss, dict(approx_kl=approx_kl(log_prob, old), clip_fraction=clip_fraction(ratio, state.clip_range), ratio_spread=(ratio - 1).abs().max())
 
-# %% ../nbs/11_train.ipynb #1ddef754
+# %% ../nbs/11_train.ipynb #b98e7434
 def _regression_loss(state, samples, i, eps, t):
-    x0 = samples.rollout.x0[i].to(state.accelerator.device)
+    x0 = samples.rollout.x0[i].to(state.accelerator.device).float()
     return rwr_loss(state.denoiser, x0, eps.to(x0), t.to(x0.device), samples.rollout.c[i], samples.advantages[i]), {}
 
 def _noise(state, n):
@@ -384,7 +383,7 @@ def backprop_update(state,  # a TrainState
     state.reward_queries += sum(map(len, rewards))
     return _optimizer_step(state, _pooled(rows)), torch.cat(rewards).cpu(), extras
 
-# %% ../nbs/11_train.ipynb #43bacc7b
+# %% ../nbs/11_train.ipynb #189f6a88
 def _snapshot(state):
     "Everything that a checkpoint holds, as files: name -> bytes."
     from safetensors.torch import save
@@ -398,10 +397,12 @@ def _snapshot(state):
 
 _counters = ("epoch", "global_step", "reward_queries", "eval_start", "eval_gain")
 
+def _place(state, epoch): return state.folder/"checkpoints"/f"epoch_{epoch:04d}"
+
 def _write_checkpoint(state, epoch, files):
     "Beside its place, then renamed into it."
-    root = state.folder/"checkpoints"
-    final, part = root/f"epoch_{epoch:04d}", root/f".part_{epoch:04d}"
+    final = _place(state, epoch)
+    root, part = final.parent, final.with_name(f".part_{epoch:04d}")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -413,14 +414,13 @@ def _write_checkpoint(state, epoch, files):
     if final.exists(): shutil.rmtree(final)
     os.replace(part, final)
     for old in sorted(root.glob("epoch_*"))[:-state.config.num_checkpoint_limit]: shutil.rmtree(old)
-    return final
 
 def save_checkpoint(state,  # a TrainState
                     ):  # -> the checkpoint's folder
     "Write checkpoints/epoch_NNNN whole or not at all, and prune the oldest."
     if state.accelerator.is_main_process: _write_checkpoint(state, state.epoch, _snapshot(state))
     state.accelerator.wait_for_everyone()
-    return state.folder/"checkpoints"/f"epoch_{state.epoch:04d}"
+    return _place(state, state.epoch)
 
 # %% ../nbs/11_train.ipynb #ffb724a5
 _may_differ = {"num_epochs", "resume_from", "save_freq", "num_checkpoint_limit", "logdir", "run_name", "eval_num_images", "eval_guidance_scale", "eval_freq", "stop_gain",
@@ -514,7 +514,7 @@ def _due(state):
     cfg = state.config
     return bool(cfg.eval_num_images and cfg.eval_freq and (state.stride < 1 or state.epoch % cfg.eval_freq == 0))
 
-# %% ../nbs/11_train.ipynb #315cd51a
+# %% ../nbs/11_train.ipynb #a78fa73f
 def _sampled_epoch(state, seen, progress):
     "The optimizer steps of an epoch of DDPO or RWR: all of its samples first."
     samples = collect(state, progress)
@@ -526,12 +526,12 @@ def _sampled_epoch(state, seen, progress):
 
 def _differentiated_epoch(state, seen, progress):
     "The optimizer steps of an epoch of AlignProp, DRaFT or ReFL: each with samples of its own."
-    rewards, extras = [], []
-    for j in progress(range(state.config.updates_per_epoch)):
+    cfg, acc, rewards, extras = state.config, state.accelerator, [], []
+    for j in progress(range(cfg.updates_per_epoch)):
         out, r, e = backprop_update(state, j)
         rewards.append(r)
         extras += e
-        seen.update(rewards=torch.cat(rewards), extras=_means(state.accelerator, extras, len(r)//state.accelerator.num_processes//state.config.train_gradient_accumulation_steps))
+        if j + 1 == cfg.updates_per_epoch: seen.update(rewards=torch.cat(rewards), extras=_means(acc, extras, len(r)//acc.num_processes//cfg.train_gradient_accumulation_steps))
         yield out
 
 # %% ../nbs/11_train.ipynb #687e2aa8

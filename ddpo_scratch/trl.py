@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DDPOConfig', 'AlignPropConfig', 'DDPOPipelineOutput', 'DDPOSchedulerOutput', 'DDPOStableDiffusionPipeline',
-           'DefaultDDPOStableDiffusionPipeline', 'DDPOTrainer', 'AlignPropTrainer']
+           'DefaultDDPOStableDiffusionPipeline', 'DDPOTrainer', 'AlignPropTrainer', 'aesthetic_scorer']
 
 # %% ../nbs/15_trl.ipynb #156f489a
 import contextlib
@@ -769,3 +769,16 @@ class AlignPropTrainer(_AlignPropSampling):
         if global_step % c.log_image_freq == 0: self._show(pairs, global_step)
         if epoch != 0 and epoch % c.save_freq == 0: self._save(epoch, global_step)
         return global_step
+
+# %% ../nbs/15_trl.ipynb #9a4418b8
+def aesthetic_scorer(
+    hub_model_id="trl-lib/ddpo-aesthetic-predictor",  # repository on the hub, or a folder
+    model_filename="aesthetic-model.pth",             # the predictor's weights in it
+    **clip,                                           # options of `AestheticScore`, for another CLIP than OpenAI's ViT-L/14
+):                                                    # -> differentiable reward in TRL's form
+    "How people would rate a picture, about 1 to 10 (Schuhmann 2022, improved-aesthetic-predictor)"
+    from huggingface_hub import hf_hub_download
+    from ddpo_scratch.reward_models import AestheticScore
+    file = os.path.join(hub_model_id, model_filename)
+    score = AestheticScore(file if os.path.isfile(file) else hf_hub_download(hub_model_id, model_filename), **clip)
+    return lambda images, prompts, metadata: (score(images.clamp(0, 1), prompts, metadata), {})

@@ -189,6 +189,19 @@ def test_rules():
     torch.manual_seed(0); a = draw_k((1, 1000), 1000); torch.manual_seed(0); assert draw_k((1, 1000), 1000) == a
 
 
+@pytest.mark.parametrize("mean, std, n", [(8, 5, 50), (1, .2, 3), (3., 10., 4)])
+def test_a_normal_k_has_the_chances_of_its_distribution(mean, std, n):
+    "AlignProp's later scripts: cut = int(N(n - mean, std)), drawn again until 1 <= cut < n; here cut 0, K = n, is allowed too"
+    import statistics
+    below = statistics.NormalDist(mean, std).cdf
+    mass = torch.tensor([below(k) - below(k - 1) for k in range(1, n + 1)])
+    chances, g, draws = mass/mass.sum(), generator_for(0), 4000
+    counts = torch.bincount(torch.tensor([draw_k(("normal", mean, std), n, g) for _ in range(draws)]), minlength=n + 1)
+    assert counts[0] == 0 and len(counts) == n + 1
+    stderr = (chances*(1 - chances)/draws).sqrt() + 1/draws
+    assert ((counts[1:]/draws - chances).abs() < 4*stderr).all()
+
+
 def test_a_fixed_k_draws_nothing():
     g, fresh = generator_for(0), generator_for(0)
     for rule in ("full", 3, (3, 3)): draw_k(rule, 5, g)
@@ -197,7 +210,8 @@ def test_a_fixed_k_draws_nothing():
 
 @pytest.mark.parametrize("rule, said", [(0, "out of range"), (-1, "out of range"), (9, "out of range"), ((0, 8), "out of range"), ((5, 4), "out of range"),
                                         ((1, 9), "out of range"), ("8", "is no rule"), ("random", "is no rule"), (1.5, "is no rule"), (True, "is no rule"),
-                                        ((1, 2, 3), "is no rule"), (None, "is no rule")])
+                                        ((1, 2, 3), "is no rule"), (None, "is no rule"), (("normal", 0, 2), "out of range"), (("normal", 9, 2), "out of range"),
+                                        (("normal", 3, 0), "out of range"), (("normal", "3", 1), "out of range"), (("gamma", 3, 1), "is no rule")])
 def test_rules_that_are_refused(rule, said):
     with pytest.raises(ValueError, match=said): draw_k(rule, 8)
 

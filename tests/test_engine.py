@@ -16,6 +16,7 @@ import torch
 
 from ddpo_scratch import train as T
 from ddpo_scratch.evaluate import read_metrics
+from ddpo_scratch.rollout import replay_log_prob
 from ddpo_scratch.sd import load_lora, load_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +138,27 @@ def distance(a, b):
     "Of two trained LoRAs, relative to what training moved: their B matrices start from zero."
     a, b = (torch.cat([p.detach().flatten() for name, p in s.denoiser.pipe.unet.named_parameters() if "lora_B" in name]) for s in (a, b))
     return ((a - b).norm()/a.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_trajectories_in_half_precision_take_half_the_memory_and_replay_exactly(tmp_path, plain, dtype):
+    config = small(tmp_path, run_name="a", sample_guidance_scale=2., rollout_dtype=dtype, train_batch_size=8, train_micro_batch_size=8, num_epochs=3)
+    state = T.setup(config)
+    r = T.collect(state).rollout
+    assert r.xs.element_size() == 2 and r.log_probs.dtype == torch.float32
+    with torch.no_grad(): again = replay_log_prob(state.denoiser, r, config.sample_eta)
+    assert torch.equal(again, r.log_probs), "ratio 1, bit for bit"
+    whole = trained(dataclasses.replace(config, run_name="whole"))
+    for step in T.train(dataclasses.replace(config, run_name="part")):
+        if step.epoch == 2: break
+    T.fit(dataclasses.replace(config, run_name="", resume_from=str(tmp_path/"part")))
+    assert numbers(whole.folder) == numbers(tmp_path/"part")
+    assert numbers(whole.folder)[0]["reward_mean"] == pytest.approx(numbers(plain.folder)[0]["reward_mean"], abs=.1 if dtype == "bf16" else .02)  # kB
+
+
+def test_weighted_regression_on_half_precision_pictures(tmp_path):
+    state = trained(small(tmp_path, run_name="a", method="rwr", rollout_dtype="fp16", num_epochs=1))
+    assert state.epoch == 1 and state.global_step == 2
 
 
 def test_gradient_checkpointing_is_on(tmp_path):

@@ -28,11 +28,11 @@ ARROWS = {
     "backprop": {"diffusion", "rollout"},
     "lab": {"diffusion", "rollout"},
     "evaluate": {"rollout", "diffusion"},
-    "config": {"backprop"},
+    "config": {"backprop", "sd"},
     "report": {"config", "evaluate"},
     "train": METHODS | {"config", "diffusion", "sd", "prompts", "report", "rewards", "evaluate"},
     "cli": {"train", "config", "sd", "prompts", "rewards", "reward_models", "evaluate"},
-    "trl": {"advantage", "backprop", "diffusion", "ppo", "rollout", "sd"},
+    "trl": {"advantage", "backprop", "diffusion", "ppo", "reward_models", "rollout", "sd"},
     "tiny": {"prompts"},
     "tiny_clip": {"prompts", "reward_models", "tiny"},
 }

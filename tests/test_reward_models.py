@@ -324,6 +324,24 @@ def test_head_from_safetensors_and_what_does_not_fit(clip, head, tmp_path):
     with pytest.raises(FileNotFoundError): AestheticScore(tmp_path / "nothing.pth", clip[0]).load()
 
 
+def test_trls_name_for_it(clip, head, monkeypatch):
+    import huggingface_hub
+    from ddpo_scratch.trl import aesthetic_scorer
+    images, prompts, metadata = args(pictures())
+    want, asked = AestheticScore(head[0], clip[0])(images, prompts, metadata), []
+    scores, extras = aesthetic_scorer(str(head[0].parent), head[0].name, model=clip[0])(images, prompts, metadata)
+    assert torch.equal(scores, want) and extras == {}
+    images.requires_grad_()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: asked.append((repo, file)) or str(head[0]))
+    scores, _ = aesthetic_scorer(model=clip[0])(images, prompts, metadata)
+    assert asked == [("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")] and torch.autograd.grad(scores.sum(), images)[0].abs().sum() > 0
+
+
+def test_a_bad_head_is_named_before_the_network_is_fetched(tmp_path):
+    torch.save({"weight": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="is no aesthetic head"): AestheticScore(tmp_path / "other.pth", "local-dir:nowhere").load()
+
+
 def test_head_runs_no_code(clip, tmp_path):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "ran"),)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ddpo_scratch import tiny
-from ddpo_scratch.rewards import (REWARDS, Reward, RewardWorkers, WeightedSum, _jpeg_blocks, _load, compute_rewards, get_reward, jpeg_compressibility, jpeg_compressibility_estimate,
+from ddpo_scratch.rewards import (REWARDS, Reward, RewardError, RewardWorkers, WeightedSum, _jpeg_blocks, _load, compute_rewards, get_reward, jpeg_compressibility, jpeg_compressibility_estimate,
                                   jpeg_size, jpeg_size_estimate, target_color)
 
 torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def test_an_exception_inside_keeps_its_cause():
     class Broken(Reward):
         name = "broken"
         def __call__(self, images, prompts, metadata): return 1 / 0
-    with pytest.raises(RuntimeError, match=r"'broken' failed on 4 pictures \(4, 3, 24, 32\).*ZeroDivisionError") as e: compute_rewards(Broken(), *args(pictures()))
+    with pytest.raises(RewardError, match=r"'broken' failed on 4 pictures \(4, 3, 24, 32\).*ZeroDivisionError") as e: compute_rewards(Broken(), *args(pictures()))
     assert isinstance(e.value.__cause__, ZeroDivisionError)
     with pytest.raises(RuntimeError, match="write it"): compute_rewards(Reward(), *args(pictures()))
 
