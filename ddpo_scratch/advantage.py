@@ -62,9 +62,9 @@ class _PromptMemory:
         if saved != here: raise ValueError(f"PerPromptStatTracker: saved with (buffer_size, min_count) = {saved}, this one has {here}: build it as it was saved")
         self.stats = {p: deque(map(float, r), maxlen=self.buffer_size) for p, r in state["stats"].items()}
 
-# %% ../nbs/08_advantage.ipynb #fd48df11
+# %% ../nbs/08_advantage.ipynb #039c36f6
 class PerPromptStatTracker(_PromptMemory):
-    "Advantages by prompt, from each prompt's last `buffer_size` rewards (Black et al. 2023, sec. 5.1)."
+    "Advantages by prompt, from each prompt's last `buffer_size` rewards (Black et al. 2023, App. D.3)."
     def update(self, prompts,  # b prompts, repeats welcome
                rewards,  # (b,) tensor, array or list, of ALL processes
                ):  # -> (b,) float32 advantages, in the order given

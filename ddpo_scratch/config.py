@@ -22,7 +22,7 @@ import yaml
 from .backprop import draw_k
 from .sd import LORA_TARGETS, TINY
 
-# %% ../nbs/10b_config.ipynb #ac489049
+# %% ../nbs/10b_config.ipynb #38c6b1bf
 METHODS = {"ddpo_is": "policy", "ddpo_sf": "policy", "rwr": "regression", "rwr_sparse": "regression",
            "alignprop": "backprop", "draft_lv": "backprop", "refl": "backprop"}
 
@@ -77,7 +77,7 @@ class TrainConfig:
     backprop_checkpointing: bool = False  # compute each differentiated step again in backward: less memory, same gradient
     draft_lv_copies: int = 2  # how often draft_lv noises a picture again
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
-    allow_tf32: bool = True  # TF32 matrix products on a GPU that has them
+    allow_tf32: bool = True  # TF32 matrix products and convolutions on a GPU that has them
     gradient_checkpointing: bool = False  # compute the U-Net's activations again in backward: less memory, same gradient
     compile: bool = False  # torch.compile the U-Net: slow to start, faster after
     slicing: bool = False  # attention and decoder work in slices: for small cards, slower
@@ -87,7 +87,7 @@ class TrainConfig:
     rollout_dtype: str = "fp32"  # of trajectories: "fp32", or "fp16" or "bf16" for half the memory; a latent is rounded before its log-prob is taken
     logdir: str = "runs"  # where run folders go
     run_name: str = ""  # the run's folder; empty picks the next free METHOD-REWARD-NNN
-    save_freq: int = 1  # epochs between checkpoints; the last epoch is always saved
+    save_freq: int = 1  # epochs between checkpoints; the last epoch is always saved, and with one process also what is finished when a run is stopped
     num_checkpoint_limit: int = 3  # checkpoints kept
     eval_num_images: int = 45  # fixed-seed pictures compared before and after; 0 for none
     eval_freq: int = 3  # epochs between looks at them, and every epoch over the last third of stop_gain; 0 looks before and after only
@@ -149,7 +149,7 @@ def _field_mistakes(c):
     if c.hub_model_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", c.hub_model_id):
         yield f"hub_model_id is {c.hub_model_id!r}: expected 'owner/name', or nothing for the run's name"
 
-# %% ../nbs/10b_config.ipynb #49aab155
+# %% ../nbs/10b_config.ipynb #743796bf
 def _method_mistakes(c):
     if c.method not in METHODS: yield f"unknown method {c.method!r}: expected one of {', '.join(METHODS)}"
     elif c.family != "policy" and not 0 <= c.sample_eta <= 1: yield f"sample_eta is {c.sample_eta:g}, allowed is 0 <= eta <= 1"
@@ -157,12 +157,14 @@ def _method_mistakes(c):
         yield f"sample_eta is {c.sample_eta:g}, but a policy gradient needs noise in every step: choose 0 < eta <= 1 (1 is the literature's)"
     if c.stop_gain and not (c.eval_freq and c.eval_num_images):
         yield f"stop_gain is {c.stop_gain:g}, but eval_freq is {c.eval_freq} and eval_num_images {c.eval_num_images}: stopping needs both, or stop_gain 0"
+    if c.kl_weight and c.sample_eta == 0: yield "kl_weight is set, but with sample_eta 0 no step has a density to compare: choose 0 < eta <= 1, or kl_weight 0"
     if c.kl_weight and c.method in ("draft_lv", "refl"): yield f"{c.method} has no trajectory to take a KL penalty on: set kl_weight to 0, or use alignprop"
 
 def _backprop_mistakes(c):
     try: draw_k(c.k_rule, c.sample_num_steps)
     except ValueError as e:
         yield f"backprop_steps is {c.backprop_steps!r}: expected a number from 1 to sample_num_steps = {c.sample_num_steps}, 'LO..HI', 'normal(MEAN, STD)', 'full' or 'random' ({e})"
+    if c.reward_offload: yield f"reward_offload moves a reward away while the policy trains, but {c.method} asks it in every update: leave it off"
     if c.train_num_inner_epochs > 1: yield f"{c.method} uses each sample once, but train_num_inner_epochs is {c.train_num_inner_epochs}: set it to 1"
 
 def _batch_mistakes(c):
@@ -277,13 +279,13 @@ class Origin:
     kept: tuple = ()  # habits that are as in the source
     left: tuple = ()  # habits that are not, and what happens in their place
 
-# %% ../nbs/10b_config.ipynb #95e4ba16
+# %% ../nbs/10b_config.ipynb #c2ef9688
 _articles = "prompts are bare names there ('fox'), here with an article ('a fox')"
 _tracker = "rewards of all processes are gathered, and the tracker sees an epoch at once"
 _mean = "loss averaged over timesteps"
 _guided, _398 = "guidance 5 in sampling and in training", "398 ImageNet animals"
 _paper_kept = (_guided, _398, _mean, _tracker, "the JAX code's tracker, 32 remembered and at least 16, and its advantage clip 10")
-_rwr_left = ("one loop, with trajectories on the CPU; the paper's code runs sampling and training as jobs of their own", _articles)
+_rwr_left = ("weights over a whole iteration; the paper (App. D.3) takes softmax and threshold prompt by prompt", "one loop, with trajectories on the CPU; the paper's code runs sampling and training as jobs of their own", _articles)
 _jax = "arXiv 2305.13301, App. D.5; jannerm/ddpo, "
 ORIGINS = {name: Origin("this book") for name in PRESETS if name.startswith("tiny")}
 ORIGINS |= {

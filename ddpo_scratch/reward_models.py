@@ -380,9 +380,9 @@ class _BERTScore(_Frozen):
         if said: scores[:, said] = torch.stack(self.scorer.score([answers[i] for i in said], [references[i] for i in said])).float().cpu()
         return scores.unbind()
 
-# %% ../nbs/04_reward_models.ipynb #949af3d6
+# %% ../nbs/04_reward_models.ipynb #2a4686c4
 class LLaVABERTScore(Reward):
-    "BERTScore recall of what LLaVA sees against the prompt (Black et al. 2023, sec. 5.1)."
+    "BERTScore recall of what LLaVA sees against the prompt (Black et al. 2023, sec. 5.3)."
     name, uses_prompt = "llava_bertscore", True
 
     def __init__(self, model="llava-hf/llava-1.5-7b-hf",  # see LLaVA

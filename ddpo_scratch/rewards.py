@@ -7,8 +7,9 @@ __all__ = ['jpeg_compressibility_estimate', 'jpeg_incompressibility_estimate', '
            'jpeg_compressibility', 'jpeg_incompressibility', 'jpeg_size_estimate', 'target_color', 'RewardError',
            'compute_rewards', 'get_reward', 'WeightedSum', 'RewardWorkers']
 
-# %% ../nbs/03_rewards.ipynb #8ccf3d5b
+# %% ../nbs/03_rewards.ipynb #fb554597
 import ast
+import contextlib
 import difflib
 import functools
 import importlib
@@ -332,7 +333,12 @@ def _score_in_worker(images, prompts, metadata):
     if _score_in_worker.reward is None: _score_in_worker.reward = get_reward(pickle.loads(_score_in_worker.made))
     with torch.no_grad(): return _ByValue(compute_rewards(_score_in_worker.reward, images, prompts, metadata))
 
-# %% ../nbs/03_rewards.ipynb #f1832b7c
+# %% ../nbs/03_rewards.ipynb #d5f9893e
+def _as_the_caller(score, grad, images, *rest):
+    "Grad mode and current device belong to a thread: those of the one that asked."
+    device = torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext()
+    with torch.set_grad_enabled(grad), device: return score(images, *rest)
+
 class RewardWorkers:
     "Score in the background, in threads or processes; use it in a `with` block, which waits for what was submitted."
     def __init__(self, reward,  # a reward, a name or an expression; for processes one that can be pickled
@@ -355,7 +361,8 @@ class RewardWorkers:
         if self.kind == "process":
             if images.requires_grad: raise ValueError("RewardWorkers: a gradient cannot come back from a process: detach the images, or kind='thread'")
             images = _ByValue(images.cpu().clone())  # a slice would bring its whole batch
-        return self._pool.submit(self._score, images, list(prompts), list(metadata))
+            return self._pool.submit(self._score, images, list(prompts), list(metadata))
+        return self._pool.submit(_as_the_caller, self._score, torch.is_grad_enabled(), images, list(prompts), list(metadata))
 
     def close(self, cancel=False):  # wait for what was submitted; cancel=True: only for what has begun
         self._pool.shutdown(wait=True, cancel_futures=cancel)

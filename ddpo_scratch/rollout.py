@@ -32,7 +32,7 @@ def generator_for(
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
-# %% ../nbs/05_rollout.ipynb #a9d6c35b
+# %% ../nbs/05_rollout.ipynb #2730d8f1
 def _wide(x):
     "float16 and bfloat16 as float32; float32 and float64 as they are"
     return x if x.dtype == torch.float64 else x.float()
@@ -43,7 +43,7 @@ def gaussian_log_prob(
     std,                # (b, 1, ...) or broadcastable, >= 0
     reduce="mean",      # "mean" over dimensions, or "sum": the joint log-density
 ):                      # -> (b,) float32 or wider
-    "log N(x; mean, std^2) per sample (DDPO, arXiv 2305.13301, sec. 4.2); 0 where std is 0 and there is no density"
+    "log N(x; mean, std^2) per sample (DDPO, arXiv 2305.13301, sec. 4.3); 0 where std is 0 and there is no density"
     if reduce not in ("mean", "sum"): raise ValueError(f"reduce={reduce!r} is unknown: use mean or sum")
     x, mean, std = _wide(x), _wide(mean), _wide(std).expand_as(x)
     safe = torch.where(std > 0, std, 1.)
@@ -51,7 +51,7 @@ def gaussian_log_prob(
     log_prob = torch.where(std > 0, log_prob, 0.).flatten(1)
     return log_prob.mean(1) if reduce == "mean" else log_prob.sum(1)
 
-# %% ../nbs/05_rollout.ipynb #aaf1b408
+# %% ../nbs/05_rollout.ipynb #d883b773
 def policy(
     denoiser,           # Denoiser
     x_t,                # (b, *latent) in any float dtype; the network sees it in float32, or in float64 if it is that
@@ -60,7 +60,7 @@ def policy(
     c,                  # Conditioning of the b samples
     eta,                # 0 .. 1
 ):                      # -> mean (b, *latent), std (b, 1, ...), both float32 or wider
-    "The Gaussian from which the next latent is drawn: pi(a | s) = p(x_next | x_t, c) (DDPO, arXiv 2305.13301, sec. 4.2)"
+    "The Gaussian from which the next latent is drawn: pi(a | s) = p(x_next | x_t, c) (DDPO, arXiv 2305.13301, sec. 4.3)"
     t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
     t_next = torch.as_tensor(t_next, device=x_t.device).expand(len(x_t))
     x_t = _wide(x_t)
@@ -111,7 +111,7 @@ def _draw(generators, shape, device):
     "(b, *shape) standard normal, row i from generator i"
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-# %% ../nbs/05_rollout.ipynb #fc47f042
+# %% ../nbs/05_rollout.ipynb #d03d29c0
 @torch.no_grad()
 def sample(
     denoiser,               # Denoiser
@@ -122,7 +122,7 @@ def sample(
     dtype=torch.float32,    # of the stored latents; x_next is rounded BEFORE its log-prob is taken
     progress=None,          # wraps the step iterator, e.g. fastprogress' progress_bar
 ):                          # -> Rollout
-    "Draw b trajectories and remember every state, action and log-prob (DDPO, arXiv 2305.13301, sec. 4.2)"
+    "Draw b trajectories and remember every state, action and log-prob (DDPO, arXiv 2305.13301, sec. 4.3)"
     if len(generators) != len(c):
         raise ValueError(f"{len(generators)} generators for {len(c)} samples: give one per sample, e.g. generator_for(seed, epoch, i)")
     grid, stds = denoiser.schedule.grid(n_steps), _stds(denoiser.schedule, n_steps, eta)
@@ -160,16 +160,17 @@ def replay_log_prob(
     steps = range(rollout.n_steps) if steps is None else [int(i) for i in steps]
     return torch.stack([step_log_prob(denoiser, xs[:, i], xs[:, i+1], ts[i], ts[i+1], rollout.c, eta) for i in steps], 1)
 
-# %% ../nbs/05_rollout.ipynb #282c5c14
+# %% ../nbs/05_rollout.ipynb #240e6dc2
 def step_kl(
     denoiser,           # Denoiser with a reference; gradients flow into the policy's mean
-    x_t,                # (b, *latent) state
+    x_t,                # (b, *latent) state, as data: a gradient through it would see one of the two policies only
     t,                  # int or (b,) long
     t_next,             # int or (b,) long
     c,                  # Conditioning of the b samples
     eta,                # 0 .. 1
 ):                      # -> (b,) float32 or wider, >= 0, mean over dimensions; 0 where std is 0
     "KL(policy || reference) of one step's Gaussians, per dimension (the penalty of DPOK, arXiv 2305.16381)"
+    x_t = x_t.detach()
     mean, std = policy(denoiser, x_t, t, t_next, c, eta)
     with torch.no_grad(), denoiser.reference(): mean_ref, _ = policy(denoiser, x_t, t, t_next, c, eta)
     z = (mean - mean_ref) / torch.where(std > 0, std, 1.)

@@ -43,7 +43,7 @@ def sparse_weights(rewards,  # (b,) tensor, array or list: all samples of one ro
     kept = rewards >= rewards.topk(n_kept).values[-1]
     return (kept / kept.double().mean()).float()
 
-# %% ../nbs/09_rwr.ipynb #da92a914
+# %% ../nbs/09_rwr.ipynb #a8cc1864
 def rwr_loss(denoiser,  # Denoiser; gradients flow into it
              x0,  # (b, *latent) samples of an earlier policy
              eps,  # (b, *latent) standard normal noise
@@ -51,7 +51,7 @@ def rwr_loss(denoiser,  # Denoiser; gradients flow into it
              c,  # Conditioning of the b samples
              weights,  # (b,) constants; mean 1 over the whole round, not over this minibatch
              ):  # -> scalar
-    "Denoising loss, each sample with its weight, averaged over samples (Black et al. 2023, eq. 3 and sec. 4.2)."
+    "Denoising loss, each sample with its weight, averaged over samples (Black et al. 2023, eq. 1 and sec. 4.2)."
     weights = torch.as_tensor(weights).detach()
     if weights.shape != (len(x0),):
         raise ValueError(f"rwr_loss: given weights of shape {tuple(weights.shape)} for {len(x0)} samples, needs ({len(x0)},): one weight a sample")

@@ -55,7 +55,7 @@ def load_pipeline(name="tiny",  # "tiny", a folder in diffusers' format, or an i
         pipe.vae.enable_slicing()
     return pipe
 
-# %% ../nbs/01_sd.ipynb #716e22b2
+# %% ../nbs/01_sd.ipynb #451db104
 def _wide(x):
     "float16 and bfloat16 as float32; float32 and float64 as they are"
     return x if x.dtype == torch.float64 else x.float()
@@ -127,9 +127,9 @@ class StableDiffusion(Denoiser):
         x = torch.cat([vae.decode(part).sample for part in z.split(self.decode_batch or len(z))])
         return (_wide(x)/2 + .5).clamp(0, 1)
 
-    def keep_reference(self):
+    def keep_reference(self, prepare=lambda unet: unet):  # what else is done to the copy, e.g. accelerate's prepare_model
         "Keep a frozen copy of the U-Net for `reference`: needed under full fine-tuning only, a LoRA is switched off instead."
-        self._base = [deepcopy(self.pipe.unet).requires_grad_(False)]
+        self._base = [prepare(deepcopy(self.pipe.unet).requires_grad_(False))]
 
     @contextmanager
     def reference(self):
@@ -144,7 +144,7 @@ class StableDiffusion(Denoiser):
             finally: self.unet = trained
         else: raise ValueError("no reference policy: add a LoRA, or call keep_reference() before full fine-tuning starts")
 
-# %% ../nbs/01_sd.ipynb #1b5d2874
+# %% ../nbs/01_sd.ipynb #f4194e1a
 class StableDiffusionXL(StableDiffusion):
     "SDXL as a `Denoiser`: the same policy, with pooled embeddings and the picture's size as further conditioning."
     decode_batch = 1  # a picture of 1024 pixels in float32 takes gigabytes
@@ -154,7 +154,7 @@ class StableDiffusionXL(StableDiffusion):
                  negative_prompt="",  # "" is zeros where the pipeline's config has force_zeros_for_empty_prompt
                  ):
         super().__init__(pipe, guidance_scale, negative_prompt)
-        torch.nn.Module.to(pipe.vae, dtype=_vae_dtype(pipe, pipe.vae.dtype))
+        if pipe.vae.dtype == torch.float16: torch.nn.Module.to(pipe.vae, dtype=_vae_dtype(pipe, torch.float16))
 
     def _embed(self, prompt):
         p, layers = self.pipe, []

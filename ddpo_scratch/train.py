@@ -36,7 +36,7 @@ from .rewards import RewardWorkers, compute_rewards, get_reward
 from .rollout import Rollout, generator_for, sample, step_kl, step_log_prob, trainable_steps
 from .rwr import rwr_loss, softmax_weights, sparse_weights
 
-# %% ../nbs/11_train.ipynb #51ce877b
+# %% ../nbs/11_train.ipynb #7e8443bf
 @dataclass
 class TrainState:
     "A run in progress."
@@ -58,6 +58,8 @@ class TrainState:
     eval_start: float = None  # mean reward of the fixed-seed pictures before training; None before the first look
     eval_gain: float = 0.0  # its gain at the last look, as a share of its size
     log: RunLog = None  # where rows and pictures go, while it is open
+    claimed: bool = False  # the folder is this run's
+    skipped: int = 0  # optimizer steps in a row that float16 could not take
 
     @property
     def stride(self): return min(1., max(.25, 3 - 3*self.eval_gain/self.config.stop_gain)) if self.config.stop_gain else 1.  # near stop_gain
@@ -107,7 +109,7 @@ def _lr_share(config):
     dummy = torch.optim.SGD([torch.zeros(1)], 1.)
     return get_scheduler(name, dummy, num_warmup_steps=config.train_lr_warmup_steps, num_training_steps=config.num_epochs*config.updates_per_epoch).lr_lambdas[0]
 
-# %% ../nbs/11_train.ipynb #02860db9
+# %% ../nbs/11_train.ipynb #f36abc16
 _DTYPES = {"auto": None, "no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def _load_denoiser(config, device):
@@ -116,16 +118,30 @@ def _load_denoiser(config, device):
     pipe = sd.load_pipeline(config.model, half, device, _DTYPES[config.vae_dtype], config.slicing)
     return sd.denoiser_for(pipe, config.sample_guidance_scale, config.negative_prompts)
 
-def _trained(config, denoiser):
+def _trained(config, denoiser, accelerator):
     "What is trained, and the U-Net as asked for."
     from ddpo_scratch import sd
     if config.use_lora: params = sd.add_lora(denoiser, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     else: params = list(denoiser.pipe.unet.requires_grad_(True).parameters())
-    if config.kl_weight and not config.use_lora: denoiser.keep_reference()             # a LoRA is switched off instead
+    if config.kl_weight and not config.use_lora: denoiser.keep_reference(lambda unet: accelerator.prepare_model(unet, evaluation_mode=True))  # a LoRA is switched off instead
     if config.decode_batch_size: denoiser.decode_batch = config.decode_batch_size
     if config.gradient_checkpointing: denoiser.pipe.unet.enable_gradient_checkpointing()
-    if config.compile: denoiser.pipe.unet.compile()
+    if config.compile: _compile(denoiser.pipe.unet, fused_attention=denoiser.device.type != "cpu" or config.slicing)
     return params
+
+def _compile(unet, fused_attention):
+    "A CPU's fused attention is slower than what the compiler makes of the plain products."
+    from diffusers.models.attention_processor import AttnProcessor
+    if not fused_attention: unet.set_attn_processor(AttnProcessor())
+    unet.compile()
+
+def _placed(denoiser, config, device):
+    "A denoiser that was brought along, on the device, used as the config says."
+    pipe = denoiser.pipe
+    for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None), pipe.unet, pipe.vae):
+        if part is not None: torch.nn.Module.to(part, device)
+    denoiser.guidance_scale, denoiser.negative_prompt = config.sample_guidance_scale, config.negative_prompts
+    return denoiser
 
 # %% ../nbs/11_train.ipynb #afcd2178
 class _Retrying:
@@ -138,9 +154,9 @@ class _Retrying:
             except Exception:
                 if not left: raise
 
-# %% ../nbs/11_train.ipynb #672fa85e
+# %% ../nbs/11_train.ipynb #099b6ecc
 def setup(config,  # a TrainConfig
-          denoiser=None,  # of `denoiser_for`, in place of config.model
+          denoiser=None,  # of `denoiser_for`, in place of config.model; guidance and negative prompt become the config's
           reward_fn=None,  # a reward in place of config.reward_fn
           prompt_fn=None,  # a prompt function in place of config.prompt_fn
           ):  # -> TrainState
@@ -154,16 +170,16 @@ def setup(config,  # a TrainConfig
     folder = checkpoint.parent.parent if checkpoint else _free_folder(config)
     AcceleratorState._reset_state()                                                   # an earlier run of this process may have had another precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    denoiser = denoiser or _load_denoiser(config, accelerator.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    denoiser = _placed(denoiser, config, accelerator.device) if denoiser else _load_denoiser(config, accelerator.device)
     if config.family == "policy": trainable_steps(denoiser.schedule, config.sample_num_steps, config.sample_eta)
     _check_differentiable(config, reward_fn)
-    params = _trained(config, denoiser)
+    params = _trained(config, denoiser, accelerator)
     optimizer = _optimizer(config, params)
     denoiser.unet, optimizer = accelerator.prepare(denoiser.pipe.unet, optimizer)
     tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count)
     state = TrainState(config, folder, accelerator, denoiser, params, optimizer, _lr_share(config), _average(config, params), reward_fn, prompt_fn, tracker,
-                       config.train_clip_range or default_clip_range(denoiser.latent_shape))
+                       config.train_clip_range or default_clip_range(denoiser.latent_shape), claimed=bool(checkpoint))
     if checkpoint: load_checkpoint(state, checkpoint)
     return state
 
@@ -176,12 +192,12 @@ def _average(config, params):
     from diffusers.training_utils import EMAModel
     return EMAModel(params, decay=config.ema_decay) if config.ema_decay else None
 
-# %% ../nbs/11_train.ipynb #9a12aebf
+# %% ../nbs/11_train.ipynb #d12c8841
 @dataclass
 class Samples:
     "An epoch's samples on this process."
     rollout: Rollout  # n trajectories
-    images: torch.Tensor  # (n, 3, h, w) in [0, 1]
+    images: torch.Tensor  # (m, 3, h, w) in [0, 1], of the first sampling batch: to look at
     prompts: list  # n prompts
     rewards: torch.Tensor  # (n,)
     advantages: torch.Tensor  # (n,) clipped; under rwr the weights
@@ -207,20 +223,28 @@ def _scoring(state):
         done = Future()
         done.set_result(compute_rewards(state.reward_fn, *batch))
         return done
-    move = getattr(state.reward_fn, "to", lambda device: None)
-    if state.config.reward_offload: move(state.accelerator.device)
-    workers = state.config.reward_workers
-    with RewardWorkers(state.reward_fn, workers) if workers else contextlib.nullcontext() as pool: yield pool.submit if pool else at_once
-    if state.config.reward_offload: move("cpu")
+    workers = RewardWorkers(state.reward_fn, state.config.reward_workers) if state.config.reward_workers else contextlib.nullcontext()
+    with _reward_at_hand(state), workers as pool: yield pool.submit if pool else at_once
 
-def _means(acc, extras, n):
+@contextlib.contextmanager
+def _reward_at_hand(state):
+    "With reward_offload the reward's networks are on the device inside, and on the CPU outside."
+    move = getattr(state.reward_fn, "to", None) if state.config.reward_offload else None
+    if move: move(state.accelerator.device)
+    try: yield
+    finally:
+        if move: move("cpu")
+
+def _means(extras, n):
     "Mean of each of the extras that is one number a picture, over all batches and processes."
-    found = {k: [_numbers(e[k]) for e in extras] for k in extras[0]}
-    return {k: acc.gather(torch.stack(v).to(acc.device)).mean().item() for k, v in found.items() if all(x is not None and x.shape == (n,) for x in v)}
+    from accelerate.utils import gather_object
+    found = {k: [_numbers(e[k]) for e in extras] for k in extras[0] if all(k in e for e in extras)}
+    parts = gather_object([{k: torch.stack(v).mean().item() for k, v in found.items() if all(x is not None and x.shape == (n,) for x in v)}])
+    return {k: sum(p[k] for p in parts)/len(parts) for k in parts[0] if all(k in p for p in parts)}
 
 def _numbers(values):
-    try: return torch.as_tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError): return None                                       # words, say
+    try: return torch.as_tensor(values, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError): return None                         # words, say
 
 def _kept(cfg, r):
     "What training needs of a rollout, where it is to wait: RWR without a KL penalty asks for x0 alone."
@@ -242,17 +266,18 @@ def collect(state,  # a TrainState
             prompts, metadata = zip(*(_prompt(state, k) for k in ks))
             rollout = sample(den, den.encode(prompts), cfg.sample_num_steps, cfg.sample_eta, [gen(k, "noise") for k in ks], _DTYPES[cfg.rollout_dtype])
             images = den.decode(rollout.x0.float())
-            parts.append((_kept(cfg, rollout), images.cpu(), prompts, score(images, list(prompts), list(metadata))))
-        scores = [part[3].result() for part in parts]
-    rollouts, images, prompts, _ = zip(*parts)
+            first = images.cpu() if j == 0 else first
+            parts.append((_kept(cfg, rollout), prompts, score(images, list(prompts), list(metadata))))
+        scores = [part[2].result() for part in parts]
+    rollouts, prompts, _ = zip(*parts)
     rewards = torch.stack([r.to(acc.device) for r, _ in scores])
     all_rewards = acc.gather(rewards).view(world, -1, n).transpose(0, 1).reshape(-1).cpu()                  # in the order of k
     all_prompts = [_prompt(state, k)[0] for k in range(len(all_rewards))]
     mine = torch.tensor([(j*world + rank)*n + i for j in range(len(parts)) for i in range(n)])
     advantages = advantages_of(state, all_rewards, all_prompts)[mine]
     state.reward_queries += len(all_rewards)
-    return Samples(Rollout.cat(rollouts), torch.cat(images), sum(map(list, prompts), []), all_rewards[mine], advantages.to(acc.device), all_rewards,
-                   _means(acc, [extras for _, extras in scores], n), state.tracker.coverage(all_prompts))
+    return Samples(Rollout.cat(rollouts), first, sum(map(list, prompts), []), all_rewards[mine], advantages.to(acc.device), all_rewards,
+                   _means([extras for _, extras in scores], n), state.tracker.coverage(all_prompts))
 
 # %% ../nbs/11_train.ipynb #8b12db4a
 def _flat(state, index, steps):
@@ -305,7 +330,7 @@ def update(state,  # a TrainState
         rows.append((len(i)/n, dict(loss=loss, **gauges)))
     return _optimizer_step(state, _pooled(rows))
 
-# %% ../nbs/11_train.ipynb #9f2272f1
+# %% ../nbs/11_train.ipynb #1eeb6ef4
 def _pooled(rows):
     "Means over micro-batches by their shares; of the ratio's spread the largest."
     keys = rows[0][1]
@@ -325,7 +350,10 @@ def _optimizer_step(state, out):
     for group in state.optimizer.param_groups: group["lr"] = out["lr"]
     state.optimizer.step()
     state.optimizer.zero_grad()
-    if state.average: state.average.step(state.params)
+    state.skipped = state.skipped + 1 if state.optimizer.step_was_skipped else 0                          # float16 alone: the scaler halves its scale and goes on
+    if state.skipped == 20: raise FloatingPointError(f"20 steps in a row had gradients that float16 cannot hold, the last at {where}: use bf16, or a smaller learning rate")
+    if state.skipped: out["grad_norm"] = math.nan
+    elif state.average: state.average.step(state.params)
     state.global_step += 1
     return out
 
@@ -341,7 +369,7 @@ def minibatches(state,  # a TrainState
     steps = usable[torch.rand(n, len(usable), generator=g).argsort(1)[:, :s]]
     return [(i, steps[i]) for i in torch.randperm(n, generator=g).split(cfg.samples_per_update)]
 
-# %% ../nbs/11_train.ipynb #f85db37f
+# %% ../nbs/11_train.ipynb #2ff4375a
 def _chain(state, c, generators, j, visit):
     "x0 (or ReFL's prediction of it) with a gradient, and the K that was drawn."
     cfg, args, g = state.config, (state.denoiser, c, state.config.sample_num_steps, state.config.sample_eta, generators), generator_for(state.config.seed, state.epoch, j, "k")
@@ -361,10 +389,10 @@ def _scored_chain(state, j, ks):
     rewards, extras = compute_rewards(state.reward_fn, den.decode(x0), list(prompts)*copies, list(metadata)*copies)
     if not rewards.requires_grad:
         raise ValueError(f"{cfg.method} needs a differentiable reward, but {getattr(state.reward_fn, 'name', cfg.reward_fn)!r} returned rewards without a gradient: use ddpo_is")
-    gauges = dict(k=torch.tensor(float(k)), **({"kl": torch.stack(kls).mean()} if kls else {}))
+    gauges = dict(k=torch.tensor(float(k), device=x0.device), **({"kl": torch.stack(kls).mean()} if kls else {}))
     return cfg.kl_weight*gauges.get("kl", 0.) - rewards.mean(), gauges, rewards.detach(), extras
 
-# %% ../nbs/11_train.ipynb #ee964631
+# %% ../nbs/11_train.ipynb #681d8ad8
 def backprop_update(state,  # a TrainState
                     j,  # which update of the epoch, from 0
                     ):  # -> dict as of `update`, rewards (n * processes,), list of extras
@@ -378,17 +406,17 @@ def backprop_update(state,  # a TrainState
             loss, gauges, r, e = _scored_chain(state, j, ks)
             acc.backward(loss/parts)
         rows.append((1/parts, dict(loss=loss, **gauges)))
-        rewards.append(acc.gather(r))
+        rewards.append(acc.gather(r.to(acc.device)))
         extras.append(e)
     state.reward_queries += sum(map(len, rewards))
     return _optimizer_step(state, _pooled(rows)), torch.cat(rewards).cpu(), extras
 
-# %% ../nbs/11_train.ipynb #189f6a88
+# %% ../nbs/11_train.ipynb #29894aa7
 def _snapshot(state):
     "Everything that a checkpoint holds, as files: name -> bytes."
     from safetensors.torch import save
     def pickled(x): torch.save(x, buffer := io.BytesIO()); return buffer.getvalue()
-    counters = {k: getattr(state, k) for k in _counters}
+    counters = {k: getattr(state, k) for k in _counters} | dict(world=state.accelerator.num_processes)
     scaler = state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None
     files = {"trained.safetensors": save({str(i): p.detach().cpu().contiguous() for i, p in enumerate(state.params)}),
              "optimizer.pt": pickled(state.optimizer.state_dict()),
@@ -422,7 +450,7 @@ def save_checkpoint(state,  # a TrainState
     state.accelerator.wait_for_everyone()
     return _place(state, state.epoch)
 
-# %% ../nbs/11_train.ipynb #ffb724a5
+# %% ../nbs/11_train.ipynb #72430e03
 _may_differ = {"num_epochs", "resume_from", "save_freq", "num_checkpoint_limit", "logdir", "run_name", "eval_num_images", "eval_guidance_scale", "eval_freq", "stop_gain",
                "backprop_checkpointing", "train_micro_batch_size", "reward_workers", "reward_offload", "reward_retries", "gradient_checkpointing", "compile", "slicing",
                "decode_batch_size", "rollout_device", "log_with", "tracker_project_name", "push_to_hub", "hub_model_id"}
@@ -449,7 +477,11 @@ def load_checkpoint(state,  # a fresh TrainState
     may_differ = _may_differ - ({"num_epochs"} if state.config.train_lr_schedule != "constant" else set())        # the schedule ends there
     differ = {k: (old[k], new[k]) for k in new if old[k] != new[k] and k not in may_differ}
     if differ: raise ValueError(f"{str(folder)!r} is of another configuration: " + ", ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in differ.items()))
-    saved = json.loads((Path(folder)/"state.json").read_text())
+    saved, world = json.loads((Path(folder)/"state.json").read_text()), state.accelerator.num_processes
+    if saved.get("world", world) != world:
+        raise ValueError(f"{str(folder)!r} was trained by {saved['world']} processes, and now there are {world}: start as many, since their number sets the size of a batch")
+    if saved["eval_start"] is None and state.config.eval_freq and state.config.eval_num_images and not state.config.use_lora:
+        raise ValueError(f"{str(folder)!r} has no fixed-seed pictures from before training to compare with: resume it with eval_num_images 0 and stop_gain 0, as it was")
     if saved["epoch"] >= state.config.num_epochs:
         raise ValueError(f"{str(folder)!r} has already finished epoch {saved['epoch']} of {state.config.num_epochs}: ask for more with num_epochs")
     if 0 < state.config.stop_gain <= saved["eval_gain"]:
@@ -466,8 +498,17 @@ def load_checkpoint(state,  # a fresh TrainState
     state.tracker.load_state_dict(saved["tracker"])
     for k in _counters: setattr(state, k, saved[k])
     state.folder = Path(folder).parent.parent
+    _check_agreement(state)
 
-# %% ../nbs/11_train.ipynb #2fb50a1c
+def _check_agreement(state):
+    "All processes must have read the same checkpoint."
+    if state.accelerator.num_processes == 1: return
+    mark = torch.stack([torch.tensor(float(state.global_step)), sum(p.detach().float().abs().sum().cpu() for p in state.params)])
+    marks = state.accelerator.gather(mark[None].to(state.accelerator.device))
+    if not torch.equal(marks, marks[:1].expand_as(marks)):
+        raise ValueError(f"the processes read different checkpoints (this one {str(state.folder)!r}): resume_from must name one run in a folder that all machines share")
+
+# %% ../nbs/11_train.ipynb #5f4e06b2
 def _eval_prompts(state):
     "Spread evenly over the source's list of prompts, or drawn where it has none."
     source, n = state.prompt_fn, state.config.eval_num_images
@@ -483,7 +524,7 @@ def _evaluate(state):
     try:
         with base, _averaged(state): images = fixed_seed_images(den, prompts, cfg.seed, cfg.sample_num_steps, cfg.sample_eta, cfg.sample_batch_size)
     finally: den.guidance_scale = trained
-    with torch.no_grad(): rewards, _ = compute_rewards(state.reward_fn, images.to(state.accelerator.device), prompts, metadata)
+    with torch.no_grad(), _reward_at_hand(state): rewards, _ = compute_rewards(state.reward_fn, images.to(state.accelerator.device), prompts, metadata)
     return images, prompts, rewards.cpu()
 
 @contextlib.contextmanager
@@ -501,7 +542,7 @@ def look(state,  # a TrainState; at its first look, the policy before training i
          ):  # -> dict: eval_start, eval_reward_mean and eval_gain, as in metrics.jsonl
     "Draw the fixed-seed pictures, keep them in eval/epoch_NNNN.pt, and say how far their mean reward has come."
     images, prompts, rewards = _evaluate(state)
-    mean, epoch = rewards.double().mean().item(), state.epoch
+    mean, epoch = _agreed(state, rewards.double().mean().item()), state.epoch
     if state.eval_start is None: state.eval_start, epoch = mean, 0
     state.eval_gain = (mean - state.eval_start)/abs(state.eval_start) if state.eval_start else 0.
     if state.accelerator.is_main_process:
@@ -510,11 +551,16 @@ def look(state,  # a TrainState; at its first look, the policy before training i
     if state.log: state.log.images(images, prompts, rewards, epoch)
     return dict(eval_start=state.eval_start, eval_reward_mean=mean, eval_gain=state.eval_gain)
 
+def _agreed(state, value):
+    "The main process's number, on all: they must stop together."
+    from accelerate.utils import broadcast
+    return value if state.accelerator.num_processes == 1 else broadcast(torch.tensor(value, dtype=torch.float64, device=state.accelerator.device)).item()
+
 def _due(state):
     cfg = state.config
     return bool(cfg.eval_num_images and cfg.eval_freq and (state.stride < 1 or state.epoch % cfg.eval_freq == 0))
 
-# %% ../nbs/11_train.ipynb #a78fa73f
+# %% ../nbs/11_train.ipynb #d1901776
 def _sampled_epoch(state, seen, progress):
     "The optimizer steps of an epoch of DDPO or RWR: all of its samples first."
     samples = collect(state, progress)
@@ -531,7 +577,7 @@ def _differentiated_epoch(state, seen, progress):
         out, r, e = backprop_update(state, j)
         rewards.append(r)
         extras += e
-        if j + 1 == cfg.updates_per_epoch: seen.update(rewards=torch.cat(rewards), extras=_means(acc, extras, len(r)//acc.num_processes//cfg.train_gradient_accumulation_steps))
+        if j + 1 == cfg.updates_per_epoch: seen.update(rewards=torch.cat(rewards), extras=_means(extras, len(r)//acc.num_processes//cfg.train_gradient_accumulation_steps))
         yield out
 
 # %% ../nbs/11_train.ipynb #687e2aa8
@@ -581,10 +627,21 @@ def train(config=None,  # a TrainConfig; None is the main job
             keep(due=state.epoch % cfg.save_freq == 0 or state.finished)
             yield step
 
-# %% ../nbs/11_train.ipynb #40586deb
+# %% ../nbs/11_train.ipynb #2cc2164b
+def _claim(state):
+    "Take the run's folder: runs that start together must not share one, and all processes must know its name."
+    from accelerate.utils import broadcast_object_list
+    while state.accelerator.is_main_process and not state.claimed:
+        state.folder.mkdir(parents=True, exist_ok=True)
+        try: (state.folder/"config.yaml").open("x").close()
+        except FileExistsError: state.folder = _free_folder(state.config)
+        else: state.claimed = True
+    state.folder, state.claimed = Path(broadcast_object_list([str(state.folder)])[0]), True
+
 @contextlib.contextmanager
 def _open_log(state):
     "The run's log is open inside; rows that a resumed run will write again are cut."
+    if not state.claimed: _claim(state)
     opened = state.log is None and state.accelerator.is_main_process
     if opened: state.log = RunLog(state.folder, state.config, state.epoch)
     try: yield
@@ -595,7 +652,8 @@ def _open_log(state):
 
 def _epoch_metrics(state, seen, done):
     r = seen["rewards"].double()
-    mean = {k: sum(d[k] for d in done)/len(done) for k in done[0]}
+    taken = {k: [d[k] for d in done if math.isfinite(d[k])] for k in done[0]}                             # a skipped step has no gradient norm
+    mean = {k: sum(v)/len(v) for k, v in taken.items() if v}
     if "ratio_spread" in mean: mean["ratio_spread"] = max(d["ratio_spread"] for d in done)
     spread = {k: seen[k] for k in ("advantage_spread", "own_statistics") if k in seen}
     return dict(epoch=state.epoch, global_step=state.global_step, reward_queries=state.reward_queries, reward_mean=r.mean().item(),
@@ -623,7 +681,7 @@ def _says_where(state):
     finally:
         if here: signal.signal(signal.SIGTERM, old)
 
-# %% ../nbs/11_train.ipynb #a4dddc77
+# %% ../nbs/11_train.ipynb #99127a12
 def fit(config=None,  # a TrainConfig; None is the main job
         on_epoch=None,  # called with each epoch's last Step; return True to stop early
         **parts,  # denoiser, reward_fn, prompt_fn: passed to `setup`
@@ -634,11 +692,16 @@ def fit(config=None,  # a TrainConfig; None is the main job
     with _open_log(state), _says_where(state), contextlib.closing(train(state=state)) as steps:
         if cfg.eval_num_images and state.eval_start is None and (cfg.use_lora or state.epoch == 0): look(state)
         for step in _with_bar(state, steps):
-            if on_epoch and on_epoch(step): break
+            if _any(state, on_epoch and on_epoch(step)): break
     if main and state.eval_gain >= cfg.stop_gain > 0:
         print(f"stopped after epoch {state.epoch}: the fixed-seed pictures' mean reward has gained {state.eval_gain:.1%} (stop_gain is {cfg.stop_gain:.0%})")
     _report(state)
     return state.folder
+
+def _any(state, stop):
+    "Whether any process wants to stop: all leave together."
+    acc = state.accelerator
+    return bool(stop) if acc.num_processes == 1 else bool(acc.reduce(torch.tensor(float(bool(stop)), device=acc.device), "sum") > 0)
 
 def _with_bar(state, steps):
     "The last Step of each epoch, under a bar with the reward."

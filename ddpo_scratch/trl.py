@@ -375,7 +375,7 @@ class DefaultDDPOStableDiffusionPipeline(_Parts):
         for p in _lora_params(self.unet).values(): p.data = p.data.float(); p.requires_grad_(True)
         return self.unet
 
-# %% ../nbs/15_trl.ipynb #c4fc905a
+# %% ../nbs/15_trl.ipynb #8acfe1a4
 def _find_checkpoint(where):
     "The checkpoint that resume_from means: a folder checkpoint_N, or the newest in a folder of them"
     where = os.path.normpath(os.path.expanduser(where))
@@ -391,7 +391,8 @@ def _accelerator(config, iteration, accumulate):
     from accelerate.utils import ProjectConfiguration
     defaults = dict(project_dir=config.output_dir, automatic_checkpoint_naming=True, total_limit=config.num_checkpoint_limit)
     project = ProjectConfiguration(**defaults | config.project_kwargs)
-    project.iteration = iteration
+    old = [int(p.name.split("_")[-1]) for p in Path(project.project_dir, "checkpoints").glob("checkpoint_*") if p.name.split("_")[-1].isdigit()]
+    project.iteration = max([iteration, *(n + 1 for n in old)]) if config.resume_from else iteration                # going back to an earlier one overwrites none
     taken = sorted(Path(project.project_dir, "checkpoints").glob("checkpoint_*")) if project.automatic_checkpoint_naming and not config.resume_from else []
     if taken: raise ValueError(f"{str(taken[-1].parent)!r} holds checkpoints of another run: set resume_from to go on with it, or choose another run_name or project_dir")
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision

@@ -1,8 +1,10 @@
-"""Tests run side by side, a file at a time (pytest-xdist; `pytest -n 0` runs them one after the other).
+"""Tests run side by side, a file at a time and a notebook at a time (pytest-xdist; `pytest -n 0` runs them one after the other).
 
 The order: cheap checks of the project, then every notebook, then the rest, the site last.
 """
 import os
+
+import pytest
 
 ORDER = {"test_project.py": 0, "test_notebooks.py": 1, "test_site.py": 3}
 
@@ -12,3 +14,4 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"): os.environ.setdefault
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ORDER.get(item.path.name, 2))
+    for item in items: item.add_marker(pytest.mark.xdist_group(item.name if item.name.startswith("test_runs[") else item.path.name))

@@ -189,7 +189,7 @@ def test_rules():
     torch.manual_seed(0); a = draw_k((1, 1000), 1000); torch.manual_seed(0); assert draw_k((1, 1000), 1000) == a
 
 
-@pytest.mark.parametrize("mean, std, n", [(8, 5, 50), (1, .2, 3), (3., 10., 4)])
+@pytest.mark.parametrize("mean, std, n", [(8, 5, 50), (1, .2, 3), (3., 4., 4)])
 def test_a_normal_k_has_the_chances_of_its_distribution(mean, std, n):
     "AlignProp's later scripts: cut = int(N(n - mean, std)), drawn again until 1 <= cut < n; here cut 0, K = n, is allowed too"
     import statistics

@@ -11,7 +11,8 @@ from ddpo_scratch.config import ORIGINS, PRESETS, TrainConfig, check_config, des
 @pytest.mark.parametrize("fields,message", [
     (dict(train_lr_schedule="step"), "train_lr_schedule is 'step', allowed are 'constant', 'linear', 'cosine'"), (dict(vae_dtype="float16"), "vae_dtype is 'float16', allowed are 'auto'"),
     (dict(rollout_device="cuda"), "rollout_device is 'cuda', allowed are 'auto', 'cpu'"), (dict(rollout_dtype="half"), "rollout_dtype is 'half', allowed are 'fp32', 'fp16', 'bf16'"),
-    (dict(method="alignprop", backprop_steps="normal(0, 5)"), "backprop_steps is 'normal.0, 5.'.* mean from 1 to n_steps=20"), (dict(method="alignprop", backprop_steps="normal(5)"), "'normal.MEAN, STD.'"), (dict(lora_targets="mlp"), "lora_targets is 'mlp'"), (dict(ema_decay=1.), "ema_decay is 1, allowed is 0 <= decay < 1"),
+    (dict(method="alignprop", backprop_steps="normal(0, 5)"), "backprop_steps is 'normal.0, 5.'.* mean from 1 to n_steps=20"), (dict(method="alignprop", backprop_steps="normal(5)"), "'normal.MEAN, STD.'"),
+    (dict(method="rwr", kl_weight=.1, sample_eta=0.), "with sample_eta 0 no step has a density"), (dict(method="alignprop", reward_offload=True), "reward_offload moves a reward away .* alignprop asks it in every update"), (dict(lora_targets="mlp"), "lora_targets is 'mlp'"), (dict(ema_decay=1.), "ema_decay is 1, allowed is 0 <= decay < 1"),
     (dict(ema_decay=-.1), "ema_decay is -0.1"), (dict(decode_batch_size=-1), "decode_batch_size is -1, but must be 0 or more"), (dict(reward_retries=-2), "reward_retries is -2"),
     (dict(train_lr_warmup_steps=-1), "train_lr_warmup_steps is -1"), (dict(log_with="wandb, mlflow"), "log_with names 'mlflow', allowed are wandb, tensorboard, trackio"),
     (dict(push_to_hub=True, hub_model_id="my model"), "hub_model_id is 'my model'"), (dict(train_learning_rate=math.nan), "train_learning_rate is nan"), (dict(rwr_fraction=0.), "rwr_fraction is 0"),

@@ -17,7 +17,7 @@ import torch
 from ddpo_scratch import train as T
 from ddpo_scratch.evaluate import read_metrics
 from ddpo_scratch.rollout import replay_log_prob
-from ddpo_scratch.sd import load_lora, load_pipeline
+from ddpo_scratch.sd import denoiser_for, load_lora, load_pipeline
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(sample_num_steps=5, sample_batch_size=8, sample_num_batches_per_epoch=1, train_batch_size=4, sample_guidance_scale=1., num_epochs=2,
@@ -161,6 +161,69 @@ def test_weighted_regression_on_half_precision_pictures(tmp_path):
     assert state.epoch == 1 and state.global_step == 2
 
 
+def test_runs_that_start_together_take_folders_of_their_own(tmp_path):
+    a, b = (T.setup(small(tmp_path, num_epochs=1)) for _ in range(2))
+    assert a.folder == b.folder
+    for state in (a, b): list(T.train(state=state))
+    assert a.folder != b.folder and len(read_metrics(a.folder)) == len(read_metrics(b.folder)) == 1
+    c, d = (T.setup(small(tmp_path, num_epochs=1, run_name="mine")) for _ in range(2))
+    list(T.train(state=c))
+    with pytest.raises(ValueError, match="already holds a run"): list(T.train(state=d))
+    assert len(read_metrics(c.folder)) == 1
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    state = trained(small(tmp_path, run_name="a", num_epochs=1))
+    path = T.find_checkpoint(state.folder)/"state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(world=8)))
+    with pytest.raises(ValueError, match="trained by 8 processes, and now there are 1"): T.setup(small(tmp_path, resume_from=str(state.folder)))
+
+
+def test_looks_begin_with_the_base_model_or_not_at_all(tmp_path):
+    "Under full fine-tuning the base model is gone when a run is resumed."
+    full = dict(use_lora=False, train_learning_rate=1e-5)
+    state = trained(small(tmp_path, run_name="a", num_epochs=1, **full))
+    with pytest.raises(ValueError, match="no fixed-seed pictures from before training"): T.setup(small(tmp_path, resume_from=str(state.folder), eval_num_images=2, eval_freq=1, **full))
+
+
+def test_steps_that_float16_cannot_take_are_counted(tmp_path, monkeypatch):
+    from accelerate.optimizer import AcceleratedOptimizer
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda self: self.state_of_test.global_step % 2 == 0), raising=False)
+    state = T.setup(small(tmp_path, run_name="a", num_epochs=1, ema_decay=.5))
+    state.optimizer.state_of_test = state
+    steps = list(T.train(state=state))
+    assert [s.grad_norm != s.grad_norm for s in steps] == [True, False] and state.average.optimization_step == 1
+    assert numbers(state.folder)[0]["grad_norm"] == pytest.approx(steps[1].grad_norm) and "NaN" not in (state.folder/"metrics.jsonl").read_text()
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", True)
+    with pytest.raises(FloatingPointError, match="20 steps in a row .* float16 cannot hold, the last at epoch 10, optimizer step 20"): list(T.train(small(tmp_path, run_name="b", num_epochs=30)))
+
+
+def test_extras_of_any_kind_are_no_obstacle(tmp_path):
+    calls = []
+    def reward(images, prompts, metadata):
+        calls.append(1)
+        return images.mean((1, 2, 3)), dict(words=list(prompts), nothing=[None]*len(images), numbers=list(range(len(images)))) | ({} if len(calls) == 2 else dict(now_and_then=[1.]*len(images)))
+    state = trained(small(tmp_path, run_name="a", num_epochs=1, sample_num_batches_per_epoch=2), reward_fn=reward)
+    row = numbers(state.folder)[0]
+    assert row["reward/numbers"] == 3.5 and not {"reward/words", "reward/nothing", "reward/now_and_then"} & set(row)
+
+
+def test_a_denoiser_that_is_brought_along_is_used_as_the_config_says(tmp_path):
+    denoiser = denoiser_for(load_pipeline("tiny"), 5., "blue")
+    state = T.setup(small(tmp_path, sample_guidance_scale=2., negative_prompts="red"), denoiser=denoiser)
+    assert (state.denoiser.guidance_scale, state.denoiser.negative_prompt) == (2., "red")
+
+
+def test_an_offloaded_reward_comes_back_for_each_look(tmp_path):
+    where = []
+    class Moves:
+        differentiable, name = False, "moves"
+        def to(self, device): where.append(str(device)); return self
+        def __call__(self, images, prompts, metadata): return images.mean((1, 2, 3))
+    trained(small(tmp_path, reward_offload=True, num_epochs=1, eval_num_images=2, eval_freq=1), reward_fn=Moves())
+    assert where == ["cpu", "cpu"]*3                                                   # first look, samples, last look: to the device, which is the CPU here, and away
+
+
 def test_gradient_checkpointing_is_on(tmp_path):
     state = T.setup(small(tmp_path, gradient_checkpointing=True))
     assert state.denoiser.pipe.unet.is_gradient_checkpointing and any(getattr(m, "gradient_checkpointing", False) for m in state.denoiser.pipe.unet.modules())
@@ -251,7 +314,7 @@ torch.save(out, f"{where}/rank{state.accelerator.process_index}.pt")
 def test_one_process_and_two_make_the_same_updates(tmp_path):
     "Traps 1 and 8 of TRL: gradients are synchronised, and rewards are gathered before they become advantages."
     (tmp_path/"script.py").write_text(SCRIPT)
-    def configs(world): return {method: dict(SMALL, logdir=str(tmp_path/f"{method}{world}"), run_name="a", method=method, sample_batch_size=8//world, train_batch_size=8//world,
+    def configs(world): return {method: dict(SMALL, logdir=str(tmp_path/f"{method}{world}"), method=method, eval_num_images=2, eval_freq=1, sample_batch_size=8//world, train_batch_size=8//world,
                                              per_prompt_stat_tracking_min_count=2, **more)
                                 for method, more in dict(ddpo_is=dict(train_num_inner_epochs=2), alignprop=dict(reward_fn="brightness", sample_num_steps=3)).items()}
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")

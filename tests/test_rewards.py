@@ -458,6 +458,15 @@ def test_leaving_by_an_exception_cancels_what_has_not_begun():
     with pytest.raises(RuntimeError): workers.submit(*one(.5))
 
 
+def test_threads_take_the_callers_grad_mode():
+    weight = torch.ones(3, requires_grad=True)
+    def mine(images, prompts, metadata): return (images.mean((2, 3))*weight).sum(1)
+    with RewardWorkers(mine, 1) as workers:
+        a = workers.submit(*args(pictures()))
+        with torch.no_grad(): b = workers.submit(*args(pictures()))
+    assert a.result()[0].requires_grad and not b.result()[0].requires_grad
+
+
 def test_what_workers_refuse():
     for given in (dict(kind="fork"), dict(kind=None), dict(n_workers=0), dict(n_workers=1.5), dict(n_workers=None)):
         with pytest.raises(ValueError, match="RewardWorkers"): RewardWorkers("redness", **given)

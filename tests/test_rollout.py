@@ -345,6 +345,8 @@ def test_step_kl_equals_torch_distributions(tiny, eta):
     assert_close(kl.detach(), theirs.flatten(1).mean(1), rtol=1e-4, atol=0)
     kl.sum().backward()
     assert any((p.grad != 0).any() for p in d.unet.parameters()) and all(p.grad is None for p in base.parameters())
+    moving = x.clone().requires_grad_()
+    assert not torch.autograd.grad(step_kl(d, moving, t, t_next, c, eta).sum(), moving, allow_unused=True)[0], "the state is data: only one of the two policies would be differentiated by it"
 
 
 def test_step_kl_gradient_is_that_of_the_formula():

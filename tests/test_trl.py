@@ -290,6 +290,15 @@ def test_resumed_lora_equals_uninterrupted(tmp_path):
     assert names == ["checkpoint_0", "checkpoint_1", "checkpoint_2"]  # epochs 1, 2 and 3: the last is always there
 
 
+def test_going_back_to_an_earlier_checkpoint_overwrites_none(tmp_path):
+    ddpo(tmp_path, num_epochs=3).train()
+    old = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    again = ddpo(tmp_path, num_epochs=3, resume_from=str(tmp_path / "checkpoints" / old[0]))
+    first = again.first_epoch
+    again.train()
+    assert first == 1 and {*old, f"checkpoint_{len(old)}"} <= {p.name for p in (tmp_path / "checkpoints").iterdir()}
+
+
 def test_resumed_full_unet(tmp_path):
     a = ddpo(tmp_path, pipe=pipeline(use_lora=False))
     a.train(1)
