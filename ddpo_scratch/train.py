@@ -6,8 +6,9 @@
 __all__ = ['TrainState', 'Step', 'setup', 'Samples', 'advantages_of', 'collect', 'update', 'minibatches', 'backprop_update',
            'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'look', 'train', 'fit']
 
-# %% ../nbs/11_train.ipynb #3302712f
+# %% ../nbs/11_train.ipynb #35234dcc
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -36,7 +37,7 @@ from .rewards import RewardWorkers, compute_rewards, get_reward
 from .rollout import Rollout, generator_for, sample, step_kl, step_log_prob, trainable_steps
 from .rwr import rwr_loss, softmax_weights, sparse_weights
 
-# %% ../nbs/11_train.ipynb #7e8443bf
+# %% ../nbs/11_train.ipynb #23bdedc5
 @dataclass
 class TrainState:
     "A run in progress."
@@ -57,6 +58,7 @@ class TrainState:
     reward_queries: int = 0  # pictures scored, on all processes
     eval_start: float = None  # mean reward of the fixed-seed pictures before training; None before the first look
     eval_gain: float = 0.0  # its gain at the last look, as a share of its size
+    looked: int = None  # epoch of the last look's pictures
     log: RunLog = None  # where rows and pictures go, while it is open
     claimed: bool = False  # the folder is this run's
     skipped: int = 0  # optimizer steps in a row that float16 could not take
@@ -109,7 +111,34 @@ def _lr_share(config):
     dummy = torch.optim.SGD([torch.zeros(1)], 1.)
     return get_scheduler(name, dummy, num_warmup_steps=config.train_lr_warmup_steps, num_training_steps=config.num_epochs*config.updates_per_epoch).lr_lambdas[0]
 
-# %% ../nbs/11_train.ipynb #f36abc16
+# %% ../nbs/11_train.ipynb #45116fdf
+def _engine(acc): return acc.distributed_type.value if acc.distributed_type in ("FSDP", "DEEPSPEED") else ""  # what shards the training, if anything
+
+def _check_engine(config, acc):
+    "What does not work where the training is sharded."
+    fsdp, deepspeed, half = _engine(acc) == "FSDP", _engine(acc) == "DEEPSPEED", config.mixed_precision
+    rules = [(config.use_lora, "a LoRA is too small to be sharded: set use_lora to false, or start it with configs/several_gpus.yaml"),
+             (config.train_use_8bit_adam, "the optimizer's states are sharded as 32-bit numbers: leave train_use_8bit_adam off"),
+             (fsdp and not acc.is_fsdp2, "fsdp_version is 1: set it to 2, as configs/fsdp.yaml does"),
+             (fsdp and config.ema_decay, "no process holds the whole weights to average: set ema_decay to 0, or use configs/deepspeed_zero2.yaml"),
+             (fsdp and half != "no" and config.kl_weight, "kl_weight would compare with a base model in float32: set mixed_precision to 'no', or kl_weight to 0"),
+             (fsdp and half == "fp16", "mixed_precision is 'fp16': choose 'bf16' or 'no'"),
+             (deepspeed and half != "no", f"the weights themselves would be {half}: set mixed_precision to 'no', or use configs/fsdp.yaml"),
+             (deepspeed and acc.deepspeed_plugin.zero_stage != 2, "zero_stage must be 2, as in configs/deepspeed_zero2.yaml")] if _engine(acc) else []
+    if bad := [said for wrong, said in rules if wrong]: raise ValueError(f"under {_engine(acc)}: " + "; ".join(bad))
+
+def _reference(acc, unet):
+    "The base model, computed in the policy's precision; sharded engines keep count of the networks they are given, so theirs is left alone."
+    return unet if _engine(acc) else acc.prepare_model(unet, evaluation_mode=True)
+
+def _prepared(config, acc, unet, params):
+    "Network, trained parameters and optimizer, as accelerate wants them used."
+    if _engine(acc) == "DEEPSPEED":
+        acc.deepspeed_plugin.deepspeed_config.update(train_micro_batch_size_per_gpu=config.train_batch_size, gradient_clipping=config.train_max_grad_norm)
+    unet, optimizer = acc.prepare(unet, _optimizer(config, params))
+    return unet, list(unet.parameters()) if _engine(acc) == "FSDP" else params, optimizer
+
+# %% ../nbs/11_train.ipynb #c5af5765
 _DTYPES = {"auto": None, "no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def _load_denoiser(config, device):
@@ -123,7 +152,7 @@ def _trained(config, denoiser, accelerator):
     from ddpo_scratch import sd
     if config.use_lora: params = sd.add_lora(denoiser, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     else: params = list(denoiser.pipe.unet.requires_grad_(True).parameters())
-    if config.kl_weight and not config.use_lora: denoiser.keep_reference(lambda unet: accelerator.prepare_model(unet, evaluation_mode=True))  # a LoRA is switched off instead
+    if config.kl_weight and not config.use_lora: denoiser.keep_reference(lambda unet: _reference(accelerator, unet))  # a LoRA is switched off instead
     if config.decode_batch_size: denoiser.decode_batch = config.decode_batch_size
     if config.gradient_checkpointing: denoiser.pipe.unet.enable_gradient_checkpointing()
     if config.compile: _compile(denoiser.pipe.unet, fused_attention=denoiser.device.type != "cpu" or config.slicing)
@@ -154,7 +183,7 @@ class _Retrying:
             except Exception:
                 if not left: raise
 
-# %% ../nbs/11_train.ipynb #099b6ecc
+# %% ../nbs/11_train.ipynb #31b72256
 def setup(config,  # a TrainConfig
           denoiser=None,  # of `denoiser_for`, in place of config.model; guidance and negative prompt become the config's
           reward_fn=None,  # a reward in place of config.reward_fn
@@ -168,15 +197,15 @@ def setup(config,  # a TrainConfig
     if config.reward_retries: reward_fn = _Retrying(reward_fn, config.reward_retries)
     checkpoint = find_checkpoint(config.resume_from, config.logdir) if config.resume_from else None
     folder = checkpoint.parent.parent if checkpoint else _free_folder(config)
-    AcceleratorState._reset_state()                                                   # an earlier run of this process may have had another precision
+    AcceleratorState._reset_state(True)                                               # an earlier run of this process may have had another precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    _check_engine(config, accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     denoiser = _placed(denoiser, config, accelerator.device) if denoiser else _load_denoiser(config, accelerator.device)
     if config.family == "policy": trainable_steps(denoiser.schedule, config.sample_num_steps, config.sample_eta)
     _check_differentiable(config, reward_fn)
     params = _trained(config, denoiser, accelerator)
-    optimizer = _optimizer(config, params)
-    denoiser.unet, optimizer = accelerator.prepare(denoiser.pipe.unet, optimizer)
+    denoiser.unet, params, optimizer = _prepared(config, accelerator, denoiser.pipe.unet, params)
     tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count)
     state = TrainState(config, folder, accelerator, denoiser, params, optimizer, _lr_share(config), _average(config, params), reward_fn, prompt_fn, tracker,
                        config.train_clip_range or default_clip_range(denoiser.latent_shape), claimed=bool(checkpoint))
@@ -310,27 +339,35 @@ def _penalty(state, samples, i, k):
     r, x_t = samples.rollout, samples.rollout.xs[i, k].to(state.accelerator.device)
     return step_kl(state.denoiser, x_t, r.timesteps[k], r.timesteps[k + 1], r.c[i], state.config.sample_eta).mean()
 
-# %% ../nbs/11_train.ipynb #df2f3c61
+# %% ../nbs/11_train.ipynb #8fac74aa
+@contextlib.contextmanager
+def _micro_batch(state, last):
+    "The function that takes this micro-batch's loss backward."
+    acc, unet = state.accelerator, state.denoiser.unet
+    if _engine(acc) == "DEEPSPEED": unet.set_gradient_accumulation_boundary(last)
+    with contextlib.nullcontext() if last or _engine(acc) else acc.no_sync(unet): yield unet.backward if _engine(acc) == "DEEPSPEED" else acc.backward
+
+# %% ../nbs/11_train.ipynb #e6cfd376
 def update(state,  # a TrainState
            samples,  # an epoch's Samples
            index,  # (b,) which samples are in this step
            steps,  # (b, s) which denoising steps of each
            ):  # -> dict: loss, grad_norm and the method's gauges
     "One optimizer step of DDPO or RWR; raises FloatingPointError before the weights change if anything is not finite."
-    cfg, acc, parts, n, rows = state.config, state.accelerator, _flat(state, index, steps), steps.numel(), []
+    cfg, parts, n, rows = state.config, _flat(state, index, steps), steps.numel(), []
     regression = cfg.family == "regression"
     noise = list(zip(*(x.split(cfg.train_micro_batch_size) for x in _noise(state, n)))) if regression else None
     for j, (i, k) in enumerate(parts):
-        with acc.no_sync(state.denoiser.unet) if j + 1 < len(parts) else torch.enable_grad():
+        with _micro_batch(state, j + 1 == len(parts)) as backward:
             loss, gauges = _regression_loss(state, samples, i, *noise[j]) if regression else _policy_loss(state, samples, i, k)
             if cfg.kl_weight:
                 gauges["kl"] = _penalty(state, samples, i, k)
                 loss = loss + cfg.kl_weight*gauges["kl"]
-            acc.backward(loss*(len(i)/n))
+            backward(loss*(len(i)/n))
         rows.append((len(i)/n, dict(loss=loss, **gauges)))
     return _optimizer_step(state, _pooled(rows))
 
-# %% ../nbs/11_train.ipynb #1eeb6ef4
+# %% ../nbs/11_train.ipynb #f34b9f3a
 def _pooled(rows):
     "Means over micro-batches by their shares; of the ratio's spread the largest."
     keys = rows[0][1]
@@ -343,12 +380,14 @@ def _optimizer_step(state, out):
     "Clip, check, step; adds grad_norm."
     acc, where = state.accelerator, f"epoch {state.epoch + 1}, optimizer step {state.global_step + 1}"
     if not math.isfinite(out["loss"]): raise FloatingPointError(f"the loss is {out['loss']} at {where}: weights and checkpoints are as they were before this step")
-    out["grad_norm"] = float(acc.clip_grad_norm_(state.params, state.config.train_max_grad_norm))
+    for group in state.optimizer.param_groups: group["lr"] = state.learning_rate
+    if _engine(acc) == "DEEPSPEED": state.denoiser.unet.step()                         # it clips, and skips a step whose norm is not finite
+    norm = acc.clip_grad_norm_(state.params, state.config.train_max_grad_norm)
+    out["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(out["grad_norm"]) and acc.scaler is None:
         raise FloatingPointError(f"the gradient norm is {out['grad_norm']} at {where}: weights and checkpoints are as they were before this step")
     out["lr"] = state.learning_rate
-    for group in state.optimizer.param_groups: group["lr"] = out["lr"]
-    state.optimizer.step()
+    state.optimizer.step()                                                             # under DeepSpeed nothing is left to do
     state.optimizer.zero_grad()
     state.skipped = state.skipped + 1 if state.optimizer.step_was_skipped else 0                          # float16 alone: the scaler halves its scale and goes on
     if state.skipped == 20: raise FloatingPointError(f"20 steps in a row had gradients that float16 cannot hold, the last at {where}: use bf16, or a smaller learning rate")
@@ -392,7 +431,7 @@ def _scored_chain(state, j, ks):
     gauges = dict(k=torch.tensor(float(k), device=x0.device), **({"kl": torch.stack(kls).mean()} if kls else {}))
     return cfg.kl_weight*gauges.get("kl", 0.) - rewards.mean(), gauges, rewards.detach(), extras
 
-# %% ../nbs/11_train.ipynb #681d8ad8
+# %% ../nbs/11_train.ipynb #9ecd5e24
 def backprop_update(state,  # a TrainState
                     j,  # which update of the epoch, from 0
                     ):  # -> dict as of `update`, rewards (n * processes,), list of extras
@@ -402,25 +441,26 @@ def backprop_update(state,  # a TrainState
     state.denoiser.training = False
     for a in range(parts):
         ks = [((j*parts + a)*world + rank)*n + i for i in range(n)]
-        with acc.no_sync(state.denoiser.unet) if a + 1 < parts else torch.enable_grad():
+        with _micro_batch(state, a + 1 == parts) as backward:
             loss, gauges, r, e = _scored_chain(state, j, ks)
-            acc.backward(loss/parts)
+            backward(loss/parts)
         rows.append((1/parts, dict(loss=loss, **gauges)))
         rewards.append(acc.gather(r.to(acc.device)))
         extras.append(e)
     state.reward_queries += sum(map(len, rewards))
     return _optimizer_step(state, _pooled(rows)), torch.cat(rewards).cpu(), extras
 
-# %% ../nbs/11_train.ipynb #29894aa7
+# %% ../nbs/11_train.ipynb #8e30354f
 def _snapshot(state):
-    "Everything that a checkpoint holds, as files: name -> bytes."
+    "Everything that a checkpoint holds, save shards, as files: name -> bytes."
     from safetensors.torch import save
     def pickled(x): torch.save(x, buffer := io.BytesIO()); return buffer.getvalue()
     counters = {k: getattr(state, k) for k in _counters} | dict(world=state.accelerator.num_processes)
     scaler = state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None
-    files = {"trained.safetensors": save({str(i): p.detach().cpu().contiguous() for i, p in enumerate(state.params)}),
-             "optimizer.pt": pickled(state.optimizer.state_dict()),
-             "state.json": json.dumps(dict(**counters, tracker=state.tracker.state_dict(), scaler=scaler)).encode()}
+    engine = {"engine": _engine(state.accelerator)} if _engine(state.accelerator) else {}
+    files = {} if engine else {"trained.safetensors": save({str(i): p.detach().cpu().contiguous() for i, p in enumerate(state.params)}),
+                               "optimizer.pt": pickled(state.optimizer.state_dict())}
+    files["state.json"] = json.dumps(dict(**counters, tracker=state.tracker.state_dict(), scaler=scaler, **engine)).encode()
     return files | ({"average.pt": pickled(state.average.state_dict())} if state.average else {})
 
 _counters = ("epoch", "global_step", "reward_queries", "eval_start", "eval_gain")
@@ -436,6 +476,7 @@ def _write_checkpoint(state, epoch, files):
         part.mkdir(parents=True)
         for name, data in files.items(): (part/name).write_bytes(data)
         write_config(state.config, part)
+        if _engine(state.accelerator): os.replace(root/".shards", part/"shards")
     except OSError as e:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"no checkpoint of epoch {epoch} in {str(root)!r}: {e.strerror or e}; make room and resume: earlier checkpoints are whole") from e
@@ -446,11 +487,20 @@ def _write_checkpoint(state, epoch, files):
 def save_checkpoint(state,  # a TrainState
                     ):  # -> the checkpoint's folder
     "Write checkpoints/epoch_NNNN whole or not at all, and prune the oldest."
+    if _engine(state.accelerator): _save_shards(state)
     if state.accelerator.is_main_process: _write_checkpoint(state, state.epoch, _snapshot(state))
     state.accelerator.wait_for_everyone()
     return _place(state, state.epoch)
 
-# %% ../nbs/11_train.ipynb #72430e03
+def _save_shards(state):
+    "Weights and optimizer, a part by each process, in accelerate's format, where `_write_checkpoint` finds them."
+    shards = state.folder/"checkpoints"/".shards"
+    if state.accelerator.is_main_process: shutil.rmtree(shards, ignore_errors=True)
+    state.accelerator.wait_for_everyone()
+    state.accelerator.save_state(str(shards))
+    state.accelerator.wait_for_everyone()
+
+# %% ../nbs/11_train.ipynb #bfbdaae2
 _may_differ = {"num_epochs", "resume_from", "save_freq", "num_checkpoint_limit", "logdir", "run_name", "eval_num_images", "eval_guidance_scale", "eval_freq", "stop_gain",
                "backprop_checkpointing", "train_micro_batch_size", "reward_workers", "reward_offload", "reward_retries", "gradient_checkpointing", "compile", "slicing",
                "decode_batch_size", "rollout_device", "log_with", "tracker_project_name", "push_to_hub", "hub_model_id"}
@@ -472,7 +522,6 @@ def load_checkpoint(state,  # a fresh TrainState
                     folder,  # of find_checkpoint
                     ):
     "Continue from a checkpoint: weights, optimizer, tracker and counters are replaced in place."
-    from safetensors.torch import load_file
     old, new = (dataclasses.asdict(c) for c in (read_config(folder), state.config))
     may_differ = _may_differ - ({"num_epochs"} if state.config.train_lr_schedule != "constant" else set())        # the schedule ends there
     differ = {k: (old[k], new[k]) for k in new if old[k] != new[k] and k not in may_differ}
@@ -487,12 +536,9 @@ def load_checkpoint(state,  # a fresh TrainState
     if 0 < state.config.stop_gain <= saved["eval_gain"]:
         raise ValueError(f"{str(folder)!r} stopped after epoch {saved['epoch']}, where its reward had gained {saved['eval_gain']:.1%}: "
                          f"ask for more than {state.config.stop_gain:.0%} with stop_gain, or for all epochs with stop_gain 0")
-    weights, read = load_file(Path(folder)/"trained.safetensors"), lambda name: torch.load(Path(folder)/name, map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for i, p in enumerate(state.params): p.copy_(weights[str(i)])
-    state.optimizer.load_state_dict(read("optimizer.pt"))
+    _load_trained(state, folder, saved.get("engine", ""))
     if state.average:
-        state.average.load_state_dict(read("average.pt"))
+        state.average.load_state_dict(_read(folder, "average.pt"))
         state.average.to(state.accelerator.device)
     if saved["scaler"]: state.accelerator.scaler.load_state_dict(saved["scaler"])
     state.tracker.load_state_dict(saved["tracker"])
@@ -500,15 +546,30 @@ def load_checkpoint(state,  # a fresh TrainState
     state.folder = Path(folder).parent.parent
     _check_agreement(state)
 
+def _read(folder, name): return torch.load(Path(folder)/name, map_location="cpu", weights_only=True)
+
+def _load_trained(state, folder, engine):
+    "Weights and optimizer, in place."
+    from safetensors.torch import load_file
+    if engine != (mine := _engine(state.accelerator)):
+        raise ValueError(f"{str(folder)!r} was saved {f'under {engine}' if engine else 'unsharded'}, but this run is {f'under {mine}' if mine else 'unsharded'}: "
+                         "resume it with the accelerate configuration that it was started with")
+    if engine: return state.accelerator.load_state(str(Path(folder)/"shards"))
+    weights = load_file(Path(folder)/"trained.safetensors")
+    with torch.no_grad():
+        for i, p in enumerate(state.params): p.copy_(weights[str(i)])
+    state.optimizer.load_state_dict(_read(folder, "optimizer.pt"))
+
 def _check_agreement(state):
-    "All processes must have read the same checkpoint."
+    "All processes must have read the same checkpoint; shards are read together."
     if state.accelerator.num_processes == 1: return
-    mark = torch.stack([torch.tensor(float(state.global_step)), sum(p.detach().float().abs().sum().cpu() for p in state.params)])
+    weights = [] if _engine(state.accelerator) == "FSDP" else state.params
+    mark = torch.stack([torch.tensor(float(state.global_step)), sum((p.detach().float().abs().sum().cpu() for p in weights), torch.tensor(0.))])
     marks = state.accelerator.gather(mark[None].to(state.accelerator.device))
     if not torch.equal(marks, marks[:1].expand_as(marks)):
         raise ValueError(f"the processes read different checkpoints (this one {str(state.folder)!r}): resume_from must name one run in a folder that all machines share")
 
-# %% ../nbs/11_train.ipynb #5f4e06b2
+# %% ../nbs/11_train.ipynb #af03bd1c
 def _eval_prompts(state):
     "Spread evenly over the source's list of prompts, or drawn where it has none."
     source, n = state.prompt_fn, state.config.eval_num_images
@@ -544,6 +605,7 @@ def look(state,  # a TrainState; at its first look, the policy before training i
     images, prompts, rewards = _evaluate(state)
     mean, epoch = _agreed(state, rewards.double().mean().item()), state.epoch
     if state.eval_start is None: state.eval_start, epoch = mean, 0
+    state.looked = epoch
     state.eval_gain = (mean - state.eval_start)/abs(state.eval_start) if state.eval_start else 0.
     if state.accelerator.is_main_process:
         _picture_file(state, epoch).parent.mkdir(parents=True, exist_ok=True)
@@ -595,14 +657,14 @@ def _epoch(state, progress):
     if state.log: state.log.row(step.metrics)
     yield step
 
-# %% ../nbs/11_train.ipynb #1763825b
+# %% ../nbs/11_train.ipynb #e9bb986a
 @contextlib.contextmanager
 def _nothing_lost(state):
     "A function that saves a finished epoch, or keeps it, to be saved if the loop inside breaks off."
     kept = {}
     def keep(due):
         if due: save_checkpoint(state)
-        files = {state.epoch: _snapshot(state)} if not due and state.accelerator.is_main_process else {}
+        files = {state.epoch: _snapshot(state)} if not due and state.accelerator.is_main_process and not _engine(state.accelerator) else {}
         kept.clear()
         kept.update(files)
     try: yield keep
@@ -714,15 +776,28 @@ def _with_bar(state, steps):
         bar.comment = f"epoch {step.epoch}/{cfg.num_epochs} reward {step.metrics['reward_mean']:.3f} (first {first:.3f}), fixed seeds {state.eval_gain:+.1%}"
         yield step
 
-# %% ../nbs/11_train.ipynb #2c931e31
+# %% ../nbs/11_train.ipynb #227b86cf
 def _report(state):
     from ddpo_scratch import sd
     folder, cfg = state.folder, state.config
-    if cfg.eval_num_images and state.eval_start is not None and not _picture_file(state, state.epoch).exists(): look(state)
+    if cfg.eval_num_images and state.eval_start is not None and state.looked != state.epoch: look(state)
+    pipe = _whole_pipeline(state)
     if not state.accelerator.is_main_process: return
     with _averaged(state):
         if cfg.use_lora: sd.save_lora(state.denoiser, folder/"lora")
-        else: state.denoiser.pipe.save_pretrained(folder/"pipeline")
+        else: pipe.save_pretrained(folder/"pipeline")
     write_report(folder, cfg, getattr(state.reward_fn, "name", cfg.reward_fn))
     for finding in diagnose(read_metrics(folder), cfg): print("note:", finding)
     if cfg.push_to_hub: print(f"uploaded to {push_report(folder, cfg.hub_model_id)}")
+
+def _whole_pipeline(state):
+    "The pipeline; on the main process with all of the U-Net, which FSDP has cut up. Asked for by all processes."
+    pipe, acc = state.denoiser.pipe, state.accelerator
+    if _engine(acc) != "FSDP": return pipe
+    weights = acc.get_state_dict(state.denoiser.unet)
+    if acc.is_main_process:
+        from diffusers import UNet2DConditionModel
+        pipe = copy.copy(pipe)
+        pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config)
+        pipe.unet.load_state_dict(weights)
+    return pipe

@@ -1,6 +1,7 @@
 "The engine: runs that are killed, interrupted, short of disk or spread over processes; options of memory and speed that change no number."
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -332,6 +334,90 @@ def test_one_process_and_two_make_the_same_updates(tmp_path):
         assert a["grad_norms"][0] == pytest.approx(b["grad_norms"][0], rel=1e-4)
         x, y = (torch.cat([p.flatten() for n, p in zip(r["named"], r["params"]) if "lora_B" in n]) for r in (a, b))
         assert ((x - y).norm()/x.norm()) < .02, method
+
+
+SHARDED = '''
+import dataclasses, json, sys, torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from ddpo_scratch import train as T
+# accelerate shards on devices alone (state.py: MULTI_GPU becomes FSDP, MULTI_CPU never does, and DeepSpeed asks for "not cpu"), so two CPUs are called GPUs here
+PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+torch.set_num_threads(1)
+where, configs, out = sys.argv[1], {k: T.TrainConfig(**v) for k, v in json.loads(sys.argv[2]).items()}, {"errors": []}
+for config in configs.values(): T.fit(config)
+
+cut = dataclasses.replace(configs["ddpo_is"], run_name="cut")
+for step in T.train(cut):
+    if step.epoch == 2: break                                                          # epoch 1 is saved
+T.fit(dataclasses.replace(cut, run_name="", resume_from=f"{cut.logdir}/cut"))
+
+state, loss_of = T.setup(dataclasses.replace(cut, run_name="nan")), T._policy_loss
+local = lambda: [getattr(p, "_local_tensor", p).detach().clone() for p in state.params]
+before = local()
+def bad_gradient(*args): loss, gauges = loss_of(*args); return loss + (loss - loss.detach()).abs().sqrt(), gauges
+def bad_loss(*args): loss, gauges = loss_of(*args); return loss*float("inf"), gauges
+for T._policy_loss in (bad_gradient, bad_loss):
+    try: next(T.train(state=state))
+    except FloatingPointError as e: out["errors"].append(str(e))
+out["unchanged"] = all(torch.equal(a, b) for a, b in zip(before, local()))
+out["held"] = sum(getattr(p, "_local_tensor", p).numel() for g in state.optimizer.param_groups for p in g["params"])
+torch.save(out, f"{where}/rank{state.accelerator.process_index}.pt")
+'''
+
+FULL = dict(use_lora=False, train_learning_rate=1e-4, train_adam_epsilon=1e-6, train_lr_schedule="linear", sample_num_steps=3, per_prompt_stat_tracking_min_count=2)
+
+def whole_runs(tmp_path, world, **more):
+    "Fields of runs of 4 pictures an update and 2 updates an epoch: DDPO-IS in micro-batches with a KL penalty, AlignProp in two accumulated minibatches."
+    runs = dict(ddpo_is=dict(sample_batch_size=4//world, train_batch_size=4//world, train_micro_batch_size=4, train_num_inner_epochs=2, kl_weight=.1, eval_num_images=4, eval_freq=1),
+                alignprop=dict(method="alignprop", reward_fn="brightness", sample_batch_size=8//world, train_batch_size=2//world, train_gradient_accumulation_steps=2,
+                               backprop_checkpointing=True))
+    return {k: SMALL | FULL | dict(logdir=str(tmp_path/f"{k}{world}"), run_name="a", **v, **more) for k, v in runs.items()}
+
+def weights(folder): return torch.cat([p.detach().flatten() for p in load_pipeline(str(folder)).unet.parameters()])
+
+no_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed, and no requirement of this project: pip install deepspeed")
+
+@pytest.mark.parametrize("name, more", [("fsdp", {}), pytest.param("deepspeed_zero2", dict(ema_decay=.5), marks=no_deepspeed)], ids=["FSDP", "ZeRO-2"])
+def test_sharded_full_fine_tuning_makes_the_updates_of_one_process_resumes_and_saves_all_weights(tmp_path, name, more):
+    torch.set_num_threads(1)
+    (tmp_path/"script.py").write_text(SHARDED)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT/"configs"/f"{name}.yaml"), "--num_processes", "2", "--main_process_port", "0",
+             "--num_cpu_threads_per_process", "1"]
+    done = subprocess.run([*launch, str(tmp_path/"script.py"), str(tmp_path), json.dumps(whole_runs(tmp_path, 2, **more))], capture_output=True, text=True, timeout=500,
+                          env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path/f"rank{k}.pt", weights_only=True) for k in (0, 1))
+    start = weights("tiny")
+    for k, fields in whole_runs(tmp_path, 1, **more).items():
+        one, two = T.fit(T.TrainConfig(**fields)), tmp_path/f"{k}2"/"a"
+        for a, b in zip(numbers(one), numbers(two), strict=True):
+            assert a["global_step"] == b["global_step"] == 2*a["epoch"] and a["lr"] == b["lr"]
+            assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=2e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert (weights(one/"pipeline") - weights(two/"pipeline")).norm() < .02*(weights(one/"pipeline") - start).norm(), k
+    resumed = tmp_path/"ddpo_is2"/"cut"
+    assert numbers(resumed) == numbers(tmp_path/"ddpo_is2"/"a") and torch.equal(weights(resumed/"pipeline"), weights(tmp_path/"ddpo_is2"/"a"/"pipeline"))
+    for rank in (first, second):
+        assert .45 < rank["held"]/len(start) < .55 and rank["unchanged"] and ["the gradient norm is" in e for e in rank["errors"]] == [True, False]
+
+
+REFUSED = [("FSDP", dict(use_lora=True), "LoRA .*several_gpus.yaml"), ("FSDP", dict(ema_decay=.9), "ema_decay .*deepspeed_zero2.yaml"), ("FSDP", dict(mixed_precision="fp16"), "'bf16' or 'no'"),
+           ("DEEPSPEED", dict(mixed_precision="bf16"), "fsdp.yaml"), ("DEEPSPEED", dict(train_use_8bit_adam=True), "leave train_use_8bit_adam off")]
+
+@pytest.mark.parametrize("engine, fields, said", REFUSED, ids=[f"{e} {next(iter(f))}" for e, f, _ in REFUSED])
+def test_what_cannot_be_sharded_is_refused(engine, fields, said):
+    from accelerate.utils import DistributedType
+    acc = types.SimpleNamespace(distributed_type=DistributedType(engine), is_fsdp2=engine == "FSDP", deepspeed_plugin=types.SimpleNamespace(zero_stage=2))
+    T._check_engine(T.TrainConfig(use_lora=False), acc)
+    with pytest.raises(ValueError, match=f"under {engine}: .*{said}"): T._check_engine(T.TrainConfig(**dict(use_lora=False) | fields), acc)
+    acc.is_fsdp2, acc.deepspeed_plugin.zero_stage = False, 3
+    with pytest.raises(ValueError, match="fsdp_version|zero_stage"): T._check_engine(T.TrainConfig(use_lora=False), acc)
+
+
+def test_a_sharded_checkpoint_is_not_resumed_unsharded(tmp_path):
+    saved = T.save_checkpoint(T.setup(small(tmp_path, run_name="a")))/"state.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"engine": "FSDP"}))
+    with pytest.raises(ValueError, match="saved under FSDP, but this run is unsharded: resume it with the accelerate configuration"): T.setup(small(tmp_path, resume_from="a"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT/"configs").glob("*.yaml")), ids=lambda p: p.stem)
