@@ -8,8 +8,11 @@ import pytest
 
 ORDER = {"test_project.py": 0, "test_notebooks.py": 1, "test_site.py": 3}
 
-# before torch is imported: workers share the cores
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"): os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+# Before torch is imported: workers share the cores. Some notebooks ask for two threads all the same; threads that
+# wait must then sleep, for while they spin the others wait for a core (two such notebooks at once: 156 s each; so: 38 s).
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items):
