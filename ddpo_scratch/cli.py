@@ -67,7 +67,7 @@ def parse_train(args=None,  # command line words; None reads the process's
     "Options over a YAML file, over the resumed run's configuration or a preset."
     return _parsed(args)[0]
 
-# %% ../nbs/14_cli.ipynb #f8999c03
+# %% ../nbs/14_cli.ipynb #c29fa820
 def _quiet_libraries():
     import diffusers, transformers
     for library in (diffusers, transformers):
@@ -78,11 +78,11 @@ def _two_threads():
     if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(max(torch.get_num_threads(), min(2, os.cpu_count() or 1)))
 
 def _command(run, args):
+    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())  # so that my_module:my_reward is found; behind all else
     _two_threads()
     try: return run(args)
-    except (ValueError, FloatingPointError, OSError, ImportError) as e: print(f"error: {e}", file=sys.stderr)
-    except RewardError as e: print(f"error: {e}; what was trained is saved: --resume_from latest goes on", file=sys.stderr)
-    except KeyboardInterrupt: print("\nstopped; resume with --resume_from latest", file=sys.stderr)
+    except (ValueError, FloatingPointError, OSError, ImportError, RewardError) as e: print(f"error: {e}", file=sys.stderr)
+    except KeyboardInterrupt: print("stopped", file=sys.stderr)  # from where a run can go on, fit has said
     return 2
 
 def _tell(*words):
@@ -134,16 +134,16 @@ def mix_loras(pipe,  # a diffusers pipeline without a LoRA
     if folders and (len(folders) > 1 or weights): pipe.set_adapters(list(pipe.unet.peft_config), list(weights or [1.]*len(folders)))
     return pipe
 
-# %% ../nbs/14_cli.ipynb #96065fe5
+# %% ../nbs/14_cli.ipynb #534c57f8
 def _drawing(name, says):
     p = argparse.ArgumentParser(name, description=says)
     p.add_argument("--lora", action="append", default=[], metavar="FOLDER", help="a run's folder, or a folder with pytorch_lora_weights.safetensors; several times to mix them")
     p.add_argument("--lora_weight", type=float, nargs="+", metavar="W", help="a weight for each --lora, in order (default: 1 each)")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--guidance_scale", type=float, help=f"of classifier-free guidance (default: the run's, or {TrainConfig.eval_guidance_scale:g} for tiny, else 5)")
+    p.add_argument("--guidance_scale", type=float, help=f"of classifier-free guidance (default: the first run's, or {TrainConfig.eval_guidance_scale:g} for tiny, else 5)")
     p.add_argument("--negative_prompt", help="what the unconditional half of guidance is conditioned on")
-    p.add_argument("--num_steps", type=int, help=f"denoising steps (default: the run's, or {TrainConfig.sample_num_steps} for tiny, else 50)")
-    p.add_argument("--eta", type=float, help="of DDIM (default: the run's, or 1 as in training; 0 adds no noise)")
+    p.add_argument("--num_steps", type=int, help=f"denoising steps (default: the first run's, or {TrainConfig.sample_num_steps} for tiny, else 50)")
+    p.add_argument("--eta", type=float, help="of DDIM (default: the first run's, or 1 as in training; 0 adds no noise)")
     p.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the weights")
     return p
 
@@ -168,7 +168,7 @@ def _write_pictures(images, prompts, out, seed):
         save_image(image, path)
         yield path
 
-# %% ../nbs/14_cli.ipynb #347ec13a
+# %% ../nbs/14_cli.ipynb #907cdfe1
 def _sample(args):
     from ddpo_scratch.evaluate import fixed_seed_images
     p = _drawing("ddpo_sample", "Draw pictures, with or without LoRAs.")
@@ -180,7 +180,7 @@ def _sample(args):
     _quiet_libraries()
     if a.n < 1: raise ValueError(f"--n is {a.n}, but must be at least 1")
     prompts = [q for q in a.prompts for _ in range(a.n)]
-    den, steps, eta = _drawer(a)
+    den, steps, eta = _drawer(a, next((read_config(f) for f in a.lora if (Path(f)/"config.yaml").is_file()), None))
     for path in _write_pictures(fixed_seed_images(den, prompts, a.seed, steps, eta), prompts, Path(a.out), a.seed): print(path)
     return 0
 

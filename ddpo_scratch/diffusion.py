@@ -61,12 +61,15 @@ def _table(schedule, device, dtype):
         tables[device, dtype] = torch.cat([first, schedule.abar.cpu()]).to(dtype).to(device)
     return tables[device, dtype]
 
-# %% ../nbs/00_diffusion.ipynb #eb35ea24
+# %% ../nbs/00_diffusion.ipynb #80e172fa
 def _abar_at(schedule, t, like):
     "Body of `Schedule.at`"
-    t = torch.as_tensor(t, device=like.device).reshape(-1)
+    t = torch.as_tensor(t).reshape(-1)
     if len(t) not in (1, len(like)):
         raise ValueError(f"t has {len(t)} entries for a batch of {len(like)}: give one timestep, or one per sample")
+    if t.device.type == "cpu" and len(t) and not -1 <= t.min() <= t.max() < len(schedule.abar):  # on a GPU asking would wait for it
+        raise ValueError(f"t lies in {t.min()} ... {t.max()}: give timesteps from 0 to {len(schedule.abar) - 1}, or -1 for the clean end")
+    t = t.to(like.device)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return _table(schedule, like.device, dtype)[t + 1].expand(len(like)).reshape(-1, *[1] * (like.dim() - 1))
 
@@ -82,7 +85,7 @@ def _as_ddim(config):
         warnings.warn("this scheduler clips its predicted x0; Schedule does not, and samples will differ where it would have")
     return DDIMScheduler.from_config(config)
 
-# %% ../nbs/00_diffusion.ipynb #1d853410
+# %% ../nbs/00_diffusion.ipynb #ac10f625
 @dataclass(frozen=True, eq=False)
 class Schedule:
     "How much noise there is at each timestep, what the network predicts, which timesteps sampling visits"
@@ -103,7 +106,7 @@ class Schedule:
                    ddim.config.timestep_spacing, ddim.config.steps_offset)
     def grid(self, n_steps):          # 1 .. n_train -> (n_steps+1,) long, noisy to clean, last entry -1
         return _grid(self, n_steps)
-    def at(self, t, like):            # int or (b,) long, (b, ...) -> abar_t (b, 1, ...) on like.device, float32 or wider
+    def at(self, t, like):            # int or (b,) long in -1 .. n_train-1, (b, ...) -> abar_t (b, 1, ...) on like.device, float32 or wider
         return _abar_at(self, t, like)
 
 # %% ../nbs/00_diffusion.ipynb #73c62a60
@@ -169,7 +172,7 @@ def ddim_mean_std(
     mean = abar_next.sqrt() * x0 + (1 - abar_next - std**2).clamp(min=0).sqrt() * eps  # eq. 12
     return mean, std
 
-# %% ../nbs/00_diffusion.ipynb #b402d225
+# %% ../nbs/00_diffusion.ipynb #81de0622
 class Conditioning:
     "A record of tensors that belong to samples (text embeddings, time ids, ...): indexed and joined by sample"
     def __init__(self, **tensors):  # name -> (b, ...) tensor, all with the same b
@@ -180,7 +183,7 @@ class Conditioning:
     def __len__(self): return len(next(iter(vars(self).values())))
     def __repr__(self): return f"Conditioning({', '.join(f'{k}={tuple(v.shape)}' for k, v in vars(self).items())})"
     def __getitem__(self, i):       # int (a batch of one), slice, mask, list or index tensor
-        if isinstance(i, int): i = [i]
+        if isinstance(i, int) or getattr(i, "ndim", 1) == 0: i = [int(i)]
         return Conditioning(**{k: v[i] for k, v in vars(self).items()})
     @staticmethod
     def cat(parts):                 # list of Conditionings with the same names

@@ -13,7 +13,7 @@ import torch
 
 from .rollout import generator_for, sample
 
-# %% ../nbs/12_evaluate.ipynb #cc7e4768
+# %% ../nbs/12_evaluate.ipynb #ecda33d8
 @torch.no_grad()
 def fixed_seed_images(denoiser,  # a Denoiser
                       prompts,  # n prompts
@@ -23,6 +23,7 @@ def fixed_seed_images(denoiser,  # a Denoiser
                       batch_size=16,  # pictures at a time
                       ):  # -> (n, 3, h, w) pictures in [0, 1], on the CPU
     "Picture i depends on (seed, i, prompt i) and the weights, and on nothing else."
+    if isinstance(prompts, str) or not len(prompts): raise ValueError(f"fixed_seed_images takes a list of prompts, given {prompts!r}: write [prompt]")
     images = []
     for lo in range(0, len(prompts), batch_size):
         part = list(prompts[lo:lo + batch_size])
@@ -30,7 +31,7 @@ def fixed_seed_images(denoiser,  # a Denoiser
         images.append(denoiser.decode(sample(denoiser, denoiser.encode(part), n_steps, eta, gens).x0).cpu())
     return torch.cat(images)
 
-# %% ../nbs/12_evaluate.ipynb #b59cf52c
+# %% ../nbs/12_evaluate.ipynb #36a6235a
 def plot_grid(images,  # (n, 3, h, w) in [0, 1]
               titles=None,  # n strings
               n_cols=8,  # pictures a row
@@ -44,12 +45,12 @@ def plot_grid(images,  # (n, 3, h, w) in [0, 1]
     axs = fig.subplots(n_rows, n_cols, squeeze=False)
     for ax in axs.flat: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     for i, (ax, image) in enumerate(zip(axs.flat, images)):
-        ax.imshow(image.float().permute(1, 2, 0).clamp(0, 1).numpy())
+        ax.imshow(image.detach().float().cpu().permute(1, 2, 0).clamp(0, 1).numpy())
         if titles: ax.set_title(titles[i], fontsize=7, pad=2)
     for ax, label in zip(axs[:, 0], row_labels or []): ax.set_ylabel(label, fontsize=8)
     return fig
 
-# %% ../nbs/12_evaluate.ipynb #bc8e6e15
+# %% ../nbs/12_evaluate.ipynb #1b2c2ef1
 def before_after(before,  # (n, 3, h, w) pictures in [0, 1]
                  after,  # (n, 3, h, w) of the same prompts and seeds
                  titles=None,  # n prompts
@@ -58,33 +59,42 @@ def before_after(before,  # (n, 3, h, w) pictures in [0, 1]
     "Pairs of rows: before above, after below."
     if before.shape != after.shape: raise ValueError(f"before and after must be pairs, given {tuple(before.shape)} and {tuple(after.shape)}")
     n_cols = min(n_cols, len(before))
+    blank = before.new_ones(-len(before) % n_cols, *before.shape[1:])  # fills the last rows
+    before, after, titles = torch.cat([before, blank]), torch.cat([after, blank]), titles and [*titles, *[""]*len(blank)]
     rows, names, labels = [], [], []
-    for lo in range(0, len(before) - n_cols + 1, n_cols):
+    for lo in range(0, len(before), n_cols):
         rows += [before[lo:lo + n_cols], after[lo:lo + n_cols]]
         names += list(titles[lo:lo + n_cols] if titles else [""]*n_cols) + [""]*n_cols
         labels += ["before", "after"]
     return plot_grid(torch.cat(rows), names if titles else None, n_cols, row_labels=labels)
 
-# %% ../nbs/12_evaluate.ipynb #47327831
+# %% ../nbs/12_evaluate.ipynb #bf1f4d1a
 def summarize(images,  # (n, 3, h, w) in [0, 1]
               rewards,  # (n,)
               classify=None,  # images -> list of n names
               names=None,  # the n right names
               ):  # -> dict: n, reward_mean, reward_se, pixel_std (diversity), and accuracy where a classifier is given
-    "Numbers to put beside a grid."
+    "Numbers to put beside a grid; one picture alone has no spread: its reward_se and pixel_std are 0."
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
-    out = dict(n=len(rewards), reward_mean=rewards.mean().item(), reward_se=(rewards.std()/len(rewards)**.5).item(),
-               pixel_std=images.float().std(0).mean().item())
+    several = int(len(rewards) > 1)
+    out = dict(n=len(rewards), reward_mean=rewards.mean().item(), reward_se=(rewards.std(correction=several)/len(rewards)**.5).item(),
+               pixel_std=images.float().std(0, correction=several).mean().item())
     if classify: out["accuracy"] = sum(a == b for a, b in zip(classify(images), names, strict=True))/len(names)
     return out
 
-# %% ../nbs/12_evaluate.ipynb #cf7377d8
+# %% ../nbs/12_evaluate.ipynb #65f98163
 def read_metrics(run,  # a run's folder
                  ):  # -> list of dicts, one an epoch
     "The rows of metrics.jsonl."
     path = Path(run)/"metrics.jsonl"
     if not path.is_file(): raise ValueError(f"no metrics in {str(run)!r}: expected the folder of a run, with metrics.jsonl in it")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for i, line in enumerate(lines, 1):
+        try: rows.append(json.loads(line))
+        except json.JSONDecodeError as e:
+            if i < len(lines): raise ValueError(f"{str(path)!r}: line {i} is no JSON ({e}): remove it") from None  # the last: a run that was killed while it wrote
+    return rows
 
 def reward_curve(rows,  # of read_metrics
                  label="reward",  # of the vertical axis

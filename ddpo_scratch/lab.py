@@ -14,7 +14,7 @@ import torch
 from .diffusion import Conditioning, Denoiser, Schedule
 from .rollout import generator_for
 
-# %% ../nbs/05b_lab.ipynb #5a9440a0
+# %% ../nbs/05b_lab.ipynb #53f07d46
 def _toy_schedule():
     "Four timesteps, all of them noisy, the last step included"
     return Schedule(torch.tensor([0.9, 0.6, 0.3, 0.05], dtype=torch.float64), abar_final=0.98)
@@ -29,6 +29,7 @@ class ToyDenoiser(Denoiser):
         theta = torch.atleast_2d(torch.as_tensor(theta).detach().clone())
         if theta.shape[1] % 2 or not theta.is_floating_point(): raise ValueError(f"theta {tuple(theta.shape)} {theta.dtype}: give floats (copies, 2d)")
         self.schedule, self.latent_shape = schedule or _toy_schedule(), (theta.shape[1] // 2,)
+        if self.schedule.prediction_type != "epsilon": raise ValueError(f"a toy predicts eps, given a schedule of {self.schedule.prediction_type!r}: give one of 'epsilon'")
         self.theta = torch.nn.Parameter(theta)
         self.register_buffer("theta_base", theta.clone())
 
@@ -78,7 +79,7 @@ def expected_reward(toys,       # a ToyDenoiser of one copy; or a list of n_step
         raise ValueError(f"expected_reward: {len(toys)} toys with {[len(t.theta) for t in toys]} copies: give one toy of one copy, or one for each of {n_steps} steps")
     return _chain([toy.theta[0].double() for toy in toys], toys[0].schedule, n_steps, eta, target)
 
-# %% ../nbs/05b_lab.ipynb #1b435263
+# %% ../nbs/05b_lab.ipynb #74bc7db7
 def exact_gradient(toy,         # ToyDenoiser of one copy
                    n_steps,     # int
                    eta,         # 0 .. 1
@@ -87,7 +88,8 @@ def exact_gradient(toy,         # ToyDenoiser of one copy
                    ):           # -> (2d,) float64: ascent direction
     "The gradient of expected_reward in theta, or its part through some steps"
     fixed, live = ToyDenoiser(toy.theta, toy.schedule), ToyDenoiser(toy.theta, toy.schedule)
-    toys = [live if steps is None or i in list(steps) else fixed for i in range(n_steps)]
+    steps = range(n_steps) if steps is None else {range(n_steps)[int(i)] for i in steps}
+    toys = [live if i in steps else fixed for i in range(n_steps)]
     return torch.autograd.grad(expected_reward(toys, n_steps, eta, target), live.theta, allow_unused=True, materialize_grads=True)[0][0].double()
 
 # %% ../nbs/05b_lab.ipynb #b24f3d50

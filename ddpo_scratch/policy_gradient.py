@@ -20,13 +20,13 @@ def leave_one_out(rewards,  # (b,) with b >= 2
     others = (rewards.sum() - rewards) / (len(rewards) - 1)
     return (rewards - others).float()
 
-# %% ../nbs/06_policy_gradient.ipynb #a19d3c98
+# %% ../nbs/06_policy_gradient.ipynb #b12fa984
 def reinforce_loss(log_prob,  # (n,) or (b, T), with gradient: log-probability of each step under the policy now
                    advantage,  # (n,) or (b,): the same shape, or one number for all T steps of a sample
                    ):  # -> scalar whose gradient is minus the policy gradient
     "DDPO-SF (Black et al. 2023, sec. 4.3) as a loss, averaged over samples and steps; `advantage` is a constant."
-    if advantage.shape == log_prob.shape[:-1]: advantage = advantage[..., None].expand_as(log_prob)
+    if advantage.ndim and advantage.shape == log_prob.shape[:-1]: advantage = advantage[..., None].expand_as(log_prob)
     if advantage.shape != log_prob.shape or log_prob.numel() == 0:
         raise ValueError(f"reinforce_loss: log_prob {tuple(log_prob.shape)} and advantage {tuple(advantage.shape)} do not fit: "
                          "give (n,) and (n,), or (b, T) and (b,)")
-    return -(advantage.detach() * log_prob).mean()
+    return -(advantage.detach().to(log_prob.device) * log_prob).mean()

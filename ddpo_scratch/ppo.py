@@ -20,7 +20,7 @@ def importance_ratio(log_prob,  # (n,) or (b, T), with gradient: under the polic
                          "must have one shape: broadcasting would pair the wrong samples")
     return (log_prob - old_log_prob.detach()).exp()
 
-# %% ../nbs/07_ppo.ipynb #6d3e1cf6
+# %% ../nbs/07_ppo.ipynb #88906bd0
 def ppo_loss(log_prob,  # (n,) or (b, T), with gradient: under the policy now
              old_log_prob,  # same shape, a constant: under the policy that drew the samples
              advantage,  # (n,) or (b,): the same shape, or one number for all T steps of a sample
@@ -28,13 +28,14 @@ def ppo_loss(log_prob,  # (n,) or (b, T), with gradient: under the policy now
              ):  # -> scalar to minimise
     "PPO's clipped surrogate (Schulman et al. 2017, eq. 7) with the sign turned, averaged over samples and steps."
     ratio = importance_ratio(log_prob, old_log_prob)
-    if advantage.shape == ratio.shape[:-1]: advantage = advantage[..., None].expand_as(ratio)
+    if advantage.ndim and advantage.shape == ratio.shape[:-1]: advantage = advantage[..., None].expand_as(ratio)
     if advantage.shape != ratio.shape or ratio.numel() == 0:
         raise ValueError(f"ppo_loss: log_prob {tuple(ratio.shape)} and advantage {tuple(advantage.shape)} do not fit: "
                          "give (n,) and (n,), or (b, T) and (b,)")
     if not clip_range > 0: raise ValueError(f"ppo_loss: clip_range {clip_range} must be > 0: see default_clip_range")
-    unclipped = advantage.detach() * ratio
-    clipped = advantage.detach() * ratio.clamp(1 - clip_range, 1 + clip_range)
+    advantage = advantage.detach().to(ratio.device)
+    unclipped = advantage * ratio
+    clipped = advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(unclipped, clipped).mean()
 
 # %% ../nbs/07_ppo.ipynb #6a119d95

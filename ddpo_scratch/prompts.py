@@ -160,18 +160,19 @@ def from_list(prompts,  # strings, or pairs of a string and its metadata
     source.prompts, source.metadata = [prefix + p + suffix for p, _ in pairs], [m for _, m in pairs]
     return source
 
-# %% ../nbs/02_prompts.ipynb #13badc4e
+# %% ../nbs/02_prompts.ipynb #0f598186
 def from_file(path,  # text file, one prompt a line; blank lines are skipped
               prefix="", suffix="",  # text before and after, with its own spaces
               ):  # -> prompt function
     "A prompt function over the lines of a text file, each used as it stands."
     path = Path(path).expanduser()
     if not path.is_file(): raise ValueError(f"from_file: no file {str(path)!r}: expected a text file with one prompt a line")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try: prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as e: raise ValueError(f"from_file: {str(path)!r} is no UTF-8 text ({e}): save it as UTF-8") from None
     if not prompts: raise ValueError(f"from_file: {str(path)!r} holds no prompt: write one a line")
     return from_list(prompts, prefix, suffix)
 
-# %% ../nbs/02_prompts.ipynb #50001bce
+# %% ../nbs/02_prompts.ipynb #bd7a0bae
 def _need(package, extra):
     "Refuse to go on without an optional package."
     if importlib.util.find_spec(package) is None:
@@ -183,6 +184,7 @@ def pick_a_pic(split="train",  # train, validation, test, validation_unique or t
                dataset="yuvalkirstain/pickapic_v1_no_images",  # id on the Hugging Face hub, or a folder
                column="caption"):  # -> list of (prompt, metadata)
     "One of the first n distinct captions of a split of Pick-a-Pic (Kirstain et al. 2023, arXiv 2305.01569), streamed."
+    if n is not None and (not isinstance(n, int) or n < 1): raise ValueError(f"pick_a_pic: n is {n!r}: needs a whole number of at least 1, or None for all captions")
     _need("datasets", "pickapic")
     from datasets import load_dataset
     captions = {}  # keeps their order
@@ -190,7 +192,7 @@ def pick_a_pic(split="train",  # train, validation, test, validation_unique or t
         if column not in row: raise ValueError(f"pick_a_pic: {dataset!r} has no column {column!r}: it has {', '.join(row)}")
         if caption := (row[column] or "").strip(): captions[caption] = None
         if len(captions) == n: break
-    if not captions: raise ValueError(f"pick_a_pic: no caption in split {split!r} of {dataset!r}: choose another split, or n of at least 1")
+    if not captions: raise ValueError(f"pick_a_pic: no caption in split {split!r} of {dataset!r}: choose another split")
     return [(c, {"dataset": dataset, "split": split}) for c in captions]
 
 # %% ../nbs/02_prompts.ipynb #4d06d416

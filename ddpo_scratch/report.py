@@ -84,7 +84,7 @@ class _Trackio:
 
 _trackers = dict(wandb=_Wandb, tensorboard=_Tensorboard, trackio=_Trackio)
 
-# %% ../nbs/12b_report.ipynb #1d7da82e
+# %% ../nbs/12b_report.ipynb #035f2b9a
 def _kept_rows(path, epoch):
     "Rows of metrics.jsonl up to an epoch; only the last line may be half written."
     lines = path.read_text().splitlines() if path.exists() else []
@@ -96,7 +96,7 @@ def _kept_rows(path, epoch):
 def _replace(path, text):
     "Write a file whole or not at all."
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8", newline="")
     os.replace(part, path)
 
 # %% ../nbs/12b_report.ipynb #ecca8b27
@@ -120,10 +120,10 @@ class _Table:
         writer.writerows(self.rows)
         _replace(self.csv, text.getvalue())
 
-# %% ../nbs/12b_report.ipynb #d106c109
+# %% ../nbs/12b_report.ipynb #692d7d53
 def _record_origin(folder):
     "What ran, and where: command.txt gets a line for each start, environment.json is of the last."
-    with open(folder/"command.txt", "a") as f: f.write(shlex.join(sys.argv) + "\n")
+    with open(folder/"command.txt", "a", encoding="utf-8") as f: f.write(shlex.join(sys.argv) + "\n")
     (folder/"environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
 
 def _environment():
@@ -230,9 +230,9 @@ def _on_advantages(rows, c):
         yield (f"own_statistics is {own:.0%}: most samples are measured against the whole batch, so easy prompts win. Try: sample_images_per_prompt 4 or more, a smaller "
                "per_prompt_stat_tracking_min_count, fewer prompts, or patience until the memories are full")
 
-# %% ../nbs/12b_report.ipynb #cda7111a
+# %% ../nbs/12b_report.ipynb #70756186
 def _on_updates(rows, c):
-    clip = c.train_clip_range or (1.6e-3 if c.model == "tiny" else 1e-4)
+    clip = rows[-1].get("clip_range") or c.train_clip_range or (1.6e-3 if c.model == "tiny" else 1e-4)
     spread, clipped, kl, norm = (_late(rows, k) for k in ("ratio_spread", "clip_fraction", "approx_kl", "grad_norm"))
     if norm == 0: yield "grad_norm is 0: no gradient reaches the weights. Try: a reward that depends on the picture; for backpropagation one that is differentiable all the way"
     elif norm > c.train_max_grad_norm*(10 if c.family == "backprop" else 1):
@@ -303,12 +303,12 @@ def _frame(images, title, side=128):
     ImageDraw.Draw(out).text((4, 2), title, fill="black")
     return out
 
-# %% ../nbs/12b_report.ipynb #e78745e8
+# %% ../nbs/12b_report.ipynb #082596f8
 _local = ("logdir", "run_name", "resume_from", "hub_model_id", "push_to_hub", "log_with", "tracker_project_name")  # nobody else's business
 
 def _is_hub_id(model): return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(model))) and not Path(model).exists()
 
-def _public(value): return Path(value).name if isinstance(value, str) and value and Path(value).exists() else value  # not where it lies on this disk
+def _public(value): return Path(value).name if isinstance(value, str) and value and os.path.exists(value) else value  # not where it lies on this disk
 
 def _repo(folder, config): return config.hub_model_id or f"YOUR_NAME/{Path(folder).resolve().name}"
 
@@ -356,7 +356,7 @@ same seeds before you trust a curve. {findings}
 
 def _cell(value): return f"`{_public(value)}`".replace("|", "\\|") if value != "" else ""
 
-# %% ../nbs/12b_report.ipynb #2215372c
+# %% ../nbs/12b_report.ipynb #7bd18303
 def _write_card(folder, config, name, rows, report):
     "README.md"
     drawn = {"reward_curve.png": "Reward against scored pictures", "before_after.png": "The same prompts and seeds, before and after", "strip.gif": "While training"}
@@ -365,12 +365,13 @@ def _write_card(folder, config, name, rows, report):
         old, new = (f"{report[w]['reward_mean']:.4g} ± {report[w]['reward_se']:.2g}" for w in ("before", "after"))
         measured = f" Mean reward of {report['after']['n']} pictures at fixed seeds: {old} before, {new} after (± standard error)."
     findings = diagnose(rows, config)
-    (folder/"README.md").write_text(_card.format(
+    text = _card.format(
         head=_card_head(config), title=_repo(folder, config).split("/")[-1], what=("A LoRA for " if config.use_lora else "") + f"`{_public(config.model)}`,", reward=name, method=config.method,
         epochs=len(rows), queries=rows[-1].get("reward_queries", 0) if rows else 0, prompts=_public(config.prompt_fn), measured=measured,
         pictures="\n\n".join(f"{t}:\n\n![{t}]({f})" for f, t in drawn.items() if (folder/f).exists()), load=_how_to_load(config, _repo(folder, config)),
         findings="The gauges of the run say:\n\n" + "\n".join(f"- {f}" for f in findings) if findings else "The gauges of the run show nothing unusual.",
-        table="\n".join(f"| `{k}` | {_cell(v)} |" for k, v in dataclasses.asdict(config).items() if k not in _local)))
+        table="\n".join(f"| `{k}` | {_cell(v)} |" for k, v in dataclasses.asdict(config).items() if k not in _local))
+    (folder/"README.md").write_text(text, encoding="utf-8")
 
 # %% ../nbs/12b_report.ipynb #cee0aa2f
 def write_report(folder,  # of a run
@@ -403,7 +404,7 @@ def check_hub(config,  # a TrainConfig
     except HFValidationError as e: raise ValueError(f"hub_model_id is {config.hub_model_id!r}, expected owner/name ({e})") from None
     if not get_token(): raise ValueError("push_to_hub needs a token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN, or leave push_to_hub out")
 
-# %% ../nbs/12b_report.ipynb #3f76f1b6
+# %% ../nbs/12b_report.ipynb #40433f0b
 def push_report(folder,  # of a finished run, with lora/ or pipeline/
                 repo_id="",  # "owner/name"; empty takes the folder's name under your own
                 ):  # -> address of the repository
@@ -415,7 +416,7 @@ def push_report(folder,  # of a finished run, with lora/ or pipeline/
     if not (folder/"README.md").exists(): raise ValueError(f"no model card in {str(folder)!r}: write_report makes it")
     url = api.create_repo(repo_id or folder.resolve().name, exist_ok=True)
     card = folder/"README.md"
-    card.write_text(card.read_text().replace(f"YOUR_NAME/{folder.resolve().name}", url.repo_id))
+    card.write_text(card.read_text(encoding="utf-8").replace(f"YOUR_NAME/{folder.resolve().name}", url.repo_id), encoding="utf-8")
     api.upload_folder(repo_id=url.repo_id, folder_path=weights, commit_message="Weights")
     api.upload_folder(repo_id=url.repo_id, folder_path=folder, allow_patterns=["README.md", "*.png", "*.gif", "report.json", "environment.json", "metrics.csv"],
                       ignore_patterns=["*/*"], commit_message="Card, curves, pictures")

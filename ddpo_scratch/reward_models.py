@@ -302,7 +302,7 @@ class LLaVA(_Frozen):
         answers = iter(answers)
         return [[next(answers).strip() for _ in qs] for qs in questions]
 
-# %% ../nbs/04_reward_models.ipynb #c3f6af83
+# %% ../nbs/04_reward_models.ipynb #3dccfade
 def llava_server(ask,  # (images, questions) -> answers, e.g. LLaVA().to("cuda")
                  port=8085, host="127.0.0.1",  # where to listen; port 0 takes a free one
                  ):  # -> an http.server.HTTPServer: call serve_forever()
@@ -322,9 +322,10 @@ def llava_server(ask,  # (images, questions) -> answers, e.g. LLaVA().to("cuda")
             self.end_headers()
             self.wfile.write(json.dumps(reply).encode())
         def log_message(self, *args): pass
+    if hasattr(ask, "load"): ask.load()  # now: the first question would wait too long for an answer
     return HTTPServer((host, port), Handler)
 
-# %% ../nbs/04_reward_models.ipynb #99a0b6f7
+# %% ../nbs/04_reward_models.ipynb #1c85540e
 class _Remote:
     "The other end of `llava_server`."
     def __init__(self, url, batch_size=8, timeout=120, tries=5): self.url, self.batch_size, self.timeout, self.tries = url, batch_size, timeout, tries
@@ -338,6 +339,7 @@ class _Remote:
         return answers
 
     def _post(self, images, questions):
+        from http.client import HTTPException
         from urllib.error import HTTPError, URLError
         from urllib.request import Request, urlopen
         body = json.dumps({"images": [_png(im) for im in _bytes(images)], "questions": questions}).encode()
@@ -345,9 +347,9 @@ class _Remote:
             try:
                 with urlopen(Request(self.url, body, {"Content-Type": "application/json"}), timeout=self.timeout) as reply: return json.load(reply)["answers"]
             except HTTPError as e: raise RuntimeError(f"the LLaVA server at {self.url} answered {e.code}: {e.read().decode()}") from e
-            except URLError as e: error = e
+            except (URLError, HTTPException, TimeoutError, ConnectionError) as e: error = getattr(e, "reason", None) or f"{type(e).__name__}: {e}"
             if i + 1 < self.tries: time.sleep(1)
-        raise ConnectionError(f"no LLaVA server at {self.url} after {self.tries} tries: {error.reason}; start one with llava_server(LLaVA()).serve_forever()")
+        raise ConnectionError(f"no answer from a LLaVA server at {self.url} after {self.tries} tries: {error}; start one with llava_server(LLaVA().to('cuda')).serve_forever()")
 
 def _png(array):  # (h, w, 3) bytes -> text
     from PIL import Image

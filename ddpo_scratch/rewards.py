@@ -146,13 +146,13 @@ def target_color(color,  # a name or "#rrggbb" that PIL knows, or three numbers 
         raise ValueError(f"target_color: {color!r} is no colour: give a name such as 'orange', '#ff8000', or (r, g, b) with numbers in [0, 1]")
     return _Score(f"target_color({color})", functools.partial(_closeness, rgb=rgb))
 
-# %% ../nbs/03_rewards.ipynb #2c5d0ebd
+# %% ../nbs/03_rewards.ipynb #0735acb4
 def _redness(images): return (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))  # in [-1, 1]
 def _blueness(images): return (images[:, 2] - images[:, :2].mean(1)).mean((1, 2))  # in [-1, 1]
 def _brightness(images): return images.mean((1, 2, 3))  # in [0, 1]
 def _colorfulness(images, eps=1e-8):
     "Hasler & Suesstrunk 2003, sec. 7, of pictures in [0, 1]; eps keeps the gradient of the roots finite for grey pictures."
-    r, g, b = images.unbind(1)
+    r, g, b = (images if images.dtype == torch.float64 else images.float()).unbind(1)  # float16 has no eps
     opponent = torch.stack([r - g, (r + g)/2 - b], 1).flatten(2)  # (b, 2, h*w)
     spread = (opponent.var(2, correction=0).sum(1) + eps).sqrt()
     centre = (opponent.mean(2).pow(2).sum(1) + eps).sqrt()
@@ -277,14 +277,14 @@ def _literals(node):
     try: return [ast.literal_eval(a) for a in node.args], {k.arg or "**": ast.literal_eval(k.value) for k in node.keywords}
     except ValueError: raise ValueError(f"get_reward: arguments in {ast.unparse(node)!r} must be literals: numbers, 'text', lists, True, None") from None
 
-# %% ../nbs/03_rewards.ipynb #abfae165
+# %% ../nbs/03_rewards.ipynb #53f185ec
 def get_reward(text,  # a key of REWARDS, "package.module:attribute", a weighted sum of such, or a reward
                ):  # -> callable that keeps the reward contract
     "The reward that a text names: \"aesthetic\", \"target_color('orange')\", \"brightness + 0.1*my.module:Mine(3)\"; never evaluated, only parsed."
     if not isinstance(text, str): return _made(text, getattr(text, "__name__", repr(text)))
     text = text.strip()
     if text in REWARDS or text.isidentifier() or re.fullmatch(r"[\w.]*:\w*", text): return _find(text)
-    dotted = re.sub(r"""('[^']*'|"[^"]*")|(?<=\w):(?=\w)""", lambda m: m[1] or ".", text)
+    dotted = re.sub(r"""('[^']*'|"[^"]*")|\b([A-Za-z_][\w.]*):(?=[A-Za-z_])""", lambda m: m[1] or m[2] + ".", text)
     try: tree = ast.parse(dotted, mode="eval").body
     except SyntaxError as e: raise ValueError(f"get_reward: cannot read {text!r}: {e.msg}; needs a name, package.module:attribute, or a weighted sum of them") from None
     terms = _terms(tree)

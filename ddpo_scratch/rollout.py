@@ -66,7 +66,7 @@ def policy(
     x_t = _wide(x_t)
     return ddim_mean_std(x_t, denoiser(x_t, t, c), t, t_next, denoiser.schedule, eta)
 
-# %% ../nbs/05_rollout.ipynb #89dcf8c2
+# %% ../nbs/05_rollout.ipynb #6a1ffcd8
 @dataclass
 class Rollout:
     "b trajectories of T steps: states and actions in one tensor, and the log-probs they were drawn with"
@@ -81,7 +81,7 @@ class Rollout:
     def n_steps(self): return len(self.timesteps) - 1
     def __len__(self): return len(self.xs)
     def __getitem__(self, i):  # int (a batch of one), slice, mask, list or index tensor
-        if isinstance(i, int): i = [i]
+        if isinstance(i, int) or getattr(i, "ndim", 1) == 0: i = [int(i)]
         return Rollout(self.xs[i], self.timesteps, self.log_probs[i], self.c[i])
     @staticmethod
     def cat(parts):            # list of Rollouts on the same grid
@@ -148,16 +148,16 @@ def step_log_prob(
     mean, std = policy(denoiser, x_t, t, t_next, c, eta)
     return gaussian_log_prob(x_next, mean, std)
 
-# %% ../nbs/05_rollout.ipynb #144b406a
+# %% ../nbs/05_rollout.ipynb #6f050546
 def replay_log_prob(
     denoiser,           # Denoiser; gradients flow into it
     rollout,            # Rollout of b samples
     eta,                # as in sampling
-    steps=None,         # indices of steps, default all
+    steps=None,         # indices of steps, negative from the last, default all
 ):                      # -> (b, len(steps)) float32 or wider
     "Log-probs of a stored rollout under the present weights, step by step"
     xs, ts = rollout.xs, rollout.timesteps
-    steps = range(rollout.n_steps) if steps is None else [int(i) for i in steps]
+    steps = range(rollout.n_steps) if steps is None else [range(rollout.n_steps)[int(i)] for i in steps]
     return torch.stack([step_log_prob(denoiser, xs[:, i], xs[:, i+1], ts[i], ts[i+1], rollout.c, eta) for i in steps], 1)
 
 # %% ../nbs/05_rollout.ipynb #240e6dc2

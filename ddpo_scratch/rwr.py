@@ -32,14 +32,14 @@ def softmax_weights(rewards,  # (b,) tensor, array or list: all samples of one r
         raise ValueError(f"softmax_weights: given beta {beta}, needs a finite number >= 0: to make rewards smaller, turn their sign")
     return (len(rewards) * (beta * rewards).softmax(0)).float()
 
-# %% ../nbs/09_rwr.ipynb #238a38da
+# %% ../nbs/09_rwr.ipynb #431bb4f5
 def sparse_weights(rewards,  # (b,) tensor, array or list: all samples of one round
                    fraction,  # in (0, 1], the share to keep
                    ):  # -> (b,) float32: b / (number kept) for the kept, 0 for the others; mean 1
     "Keep the best ceil(fraction * b) samples, and every sample tied with the last of them (Black et al. 2023, sec. 4.2)."
     rewards = _as_rewards(rewards, "sparse_weights")
     if not 0 < fraction <= 1: raise ValueError(f"sparse_weights: given fraction {fraction}, needs a share in (0, 1]: 0.1 keeps the best tenth")
-    n_kept = math.ceil(fraction * len(rewards) - 1e-9)
+    n_kept = max(1, math.ceil(fraction * len(rewards) - 1e-9))
     kept = rewards >= rewards.topk(n_kept).values[-1]
     return (kept / kept.double().mean()).float()
 

@@ -100,7 +100,7 @@ def compose(sprites,  # (77, 4, 64, 64) of load_sprites
     s = F.grid_sample(chosen, F.affine_grid(theta, chosen.shape, align_corners=False), align_corners=False)
     return (s[:, :3] + back*(1 - s[:, 3:])).clamp(0, 1), s[:, 3:]
 
-# %% ../nbs/90_tiny.ipynb #839285ff
+# %% ../nbs/90_tiny.ipynb #912c7e9e
 _words = "on background and the of in with very beautiful ugly photo picture one two three four five six washing dishes riding bike playing chess".split()
 
 def make_tokenizer(folder,  # where vocab.json and merges.txt go, beside tokenizer.json
@@ -118,8 +118,8 @@ def make_tokenizer(folder,  # where vocab.json and merges.txt go, beside tokeniz
     vocab = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
     tokenizer.save_pretrained(folder)
-    (Path(folder)/"vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-    (Path(folder)/"merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (Path(folder)/"vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (Path(folder)/"merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8", newline="\n")
     return tokenizer
 
 def make_models(vocab,  # of the tokenizer
@@ -281,7 +281,7 @@ def load_classifier():  # -> Classifier in eval mode
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(HERE/"assets"/"classifier.safetensors").items()})
     return net.eval()
 
-# %% ../nbs/90_tiny.ipynb #bd287fb9
+# %% ../nbs/90_tiny.ipynb #7f626cff
 def save_pipeline(folder,  # diffusers' format
                   vae, unet, text,  # trained
                   tokenizer,  # of make_tokenizer
@@ -297,16 +297,17 @@ def save_pipeline(folder,  # diffusers' format
         kept = {k: "float32" if k in ("dtype", "torch_dtype") else v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
         config.write_text(json.dumps(kept, indent=2) + "\n")
     _old_names(Path(folder)/"text_encoder"/"model.safetensors")
-    backend = json.loads((Path(folder)/"tokenizer"/"tokenizer.json").read_text())["model"]
+    backend = json.loads((Path(folder)/"tokenizer"/"tokenizer.json").read_text(encoding="utf-8"))["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in backend["merges"]]
-    (Path(folder)/"tokenizer"/"vocab.json").write_text(json.dumps(backend["vocab"], ensure_ascii=False))
-    (Path(folder)/"tokenizer"/"merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (Path(folder)/"tokenizer"/"vocab.json").write_text(json.dumps(backend["vocab"], ensure_ascii=False), encoding="utf-8")
+    (Path(folder)/"tokenizer"/"merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8", newline="\n")
     return pipe
 
 def _old_names(path):
     "Names with the prefix text_model., as in Stable Diffusion's own files: transformers 4 knows only these, 5 reads them too."
     from safetensors.torch import load_file, save_file
-    save_file({k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    renamed = {k if k.startswith("text_model.") else f"text_model.{k}": v.clone() for k, v in load_file(path).items()}  # copies: the file is about to change
+    save_file(renamed, path, metadata={"format": "pt"})
 
 def build(folder,  # where the model goes, in diffusers' format
           device="cpu",  # "cpu" or "cuda"
@@ -320,10 +321,13 @@ def build(folder,  # where the model goes, in diffusers' format
     torch.manual_seed(0)
     tokenizer = make_tokenizer(Path(folder)/"tokenizer")
     vae, unet, text = make_models(tokenizer.get_vocab())
-    if (work/"vae").exists(): vae = type(vae).from_pretrained(work/"vae")
+    if (work/"vae").exists():
+        print(f"the autoencoder of {work/'vae'} is kept: remove that folder to train it again")
+        vae = type(vae).from_pretrained(work/"vae")
     else:
         vae = train_vae(vae, vae_steps, device)
-        vae.save_pretrained(work/"vae")
+        vae.save_pretrained(work/"vae.part")
+        os.replace(work/"vae.part", work/"vae")
     unet, text = train_unet(unet, text, vae, tokenizer, unet_steps, device, checkpoint=work/"unet.pt", n_latents=n_latents)
     save_pipeline(folder, vae.cpu(), unet.cpu(), text.cpu(), tokenizer)
     return folder

@@ -500,7 +500,7 @@ def _save_shards(state):
     state.accelerator.save_state(str(shards))
     state.accelerator.wait_for_everyone()
 
-# %% ../nbs/11_train.ipynb #bfbdaae2
+# %% ../nbs/11_train.ipynb #5e9411f3
 _may_differ = {"num_epochs", "resume_from", "save_freq", "num_checkpoint_limit", "logdir", "run_name", "eval_num_images", "eval_guidance_scale", "eval_freq", "stop_gain",
                "backprop_checkpointing", "train_micro_batch_size", "reward_workers", "reward_offload", "reward_retries", "gradient_checkpointing", "compile", "slicing",
                "decode_batch_size", "rollout_device", "log_with", "tracker_project_name", "push_to_hub", "hub_model_id"}
@@ -524,9 +524,10 @@ def load_checkpoint(state,  # a fresh TrainState
     "Continue from a checkpoint: weights, optimizer, tracker and counters are replaced in place."
     old, new = (dataclasses.asdict(c) for c in (read_config(folder), state.config))
     may_differ = _may_differ - ({"num_epochs"} if state.config.train_lr_schedule != "constant" else set())        # the schedule ends there
+    saved, world = json.loads((Path(folder)/"state.json").read_text()), state.accelerator.num_processes
+    if saved["eval_start"] is not None and new["eval_num_images"]: may_differ = may_differ - {"eval_num_images", "eval_guidance_scale"}         # or before and after would not be pairs
     differ = {k: (old[k], new[k]) for k in new if old[k] != new[k] and k not in may_differ}
     if differ: raise ValueError(f"{str(folder)!r} is of another configuration: " + ", ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in differ.items()))
-    saved, world = json.loads((Path(folder)/"state.json").read_text()), state.accelerator.num_processes
     if saved.get("world", world) != world:
         raise ValueError(f"{str(folder)!r} was trained by {saved['world']} processes, and now there are {world}: start as many, since their number sets the size of a batch")
     if saved["eval_start"] is None and state.config.eval_freq and state.config.eval_num_images and not state.config.use_lora:
@@ -689,7 +690,7 @@ def train(config=None,  # a TrainConfig; None is the main job
             keep(due=state.epoch % cfg.save_freq == 0 or state.finished)
             yield step
 
-# %% ../nbs/11_train.ipynb #2cc2164b
+# %% ../nbs/11_train.ipynb #b6df8482
 def _claim(state):
     "Take the run's folder: runs that start together must not share one, and all processes must know its name."
     from accelerate.utils import broadcast_object_list
@@ -718,6 +719,7 @@ def _epoch_metrics(state, seen, done):
     mean = {k: sum(v)/len(v) for k, v in taken.items() if v}
     if "ratio_spread" in mean: mean["ratio_spread"] = max(d["ratio_spread"] for d in done)
     spread = {k: seen[k] for k in ("advantage_spread", "own_statistics") if k in seen}
+    if state.config.method == "ddpo_is": spread["clip_range"] = state.clip_range
     return dict(epoch=state.epoch, global_step=state.global_step, reward_queries=state.reward_queries, reward_mean=r.mean().item(),
                 reward_std=r.std().item(), reward_min=r.min().item(), reward_max=r.max().item(),
                 **{f"reward/{k}": v for k, v in seen["extras"].items()}, **spread, **mean)
@@ -728,17 +730,18 @@ def _recompute_log_probs(state, samples, todo):
     for index, steps in todo:
         for i, k in _flat(state, index, steps): samples.rollout.log_probs[i, k] = _log_prob(state, samples.rollout, i, k)
 
-# %% ../nbs/11_train.ipynb #b2a8196a
+# %% ../nbs/11_train.ipynb #8a08f5d4
 @contextlib.contextmanager
 def _says_where(state):
-    "Ctrl-C, and the SIGTERM of a scheduler, stop a run that says from where it can go on."
+    "A run that is stopped, by an error, Ctrl-C or the SIGTERM of a scheduler, says from where it can go on."
     def stop(*_): raise KeyboardInterrupt
     here = threading.current_thread() is threading.main_thread()
     old = signal.signal(signal.SIGTERM, stop) if here else None
     try: yield
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt):
         saved = sorted((state.folder/"checkpoints").glob("epoch_*/state.json"))
-        print(f"\nstopped in epoch {state.epoch + 1}; " + (f"saved up to {saved[-1].parent.name}: resume with --resume_from {state.folder}" if saved else "no epoch was finished, so nothing is saved"), flush=True)
+        if state.accelerator.is_main_process:
+            print(f"\nstopped in epoch {state.epoch + 1}; " + (f"saved up to {saved[-1].parent.name}: resume with --resume_from {state.folder}" if saved else "no epoch was finished, so nothing is saved"), flush=True)
         raise
     finally:
         if here: signal.signal(signal.SIGTERM, old)

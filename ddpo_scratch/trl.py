@@ -416,7 +416,7 @@ pipe = StableDiffusionPipeline.from_pretrained("{name}")
 {lora}```
 """
 
-# %% ../nbs/15_trl.ipynb #5215d100
+# %% ../nbs/15_trl.ipynb #0100009c
 class _Card:
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         "Write README.md beside the last saved model, or in the run's folder"
@@ -428,7 +428,7 @@ class _Card:
         lora = f'pipe.load_lora_weights("{name}")\n' if getattr(self.sd_pipeline, "use_lora", False) else ""
         data = f" Data: {dataset_name}." if dataset_name else ""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder/"README.md").write_text(_CARD.format(base=base, tags=sorted(tags | set(self._tag_names)), name=name, method=method, title=title, paper=paper, data=data, lora=lora))
+        (folder/"README.md").write_text(_CARD.format(base=base, tags=sorted(tags | set(self._tag_names)), name=name, method=method, title=title, paper=paper, data=data, lora=lora), encoding="utf-8")
 
 # %% ../nbs/15_trl.ipynb #89d96ff9
 class _Sharing(_Card):

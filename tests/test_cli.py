@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,5 +145,33 @@ def test_a_reward_that_fails_stops_with_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path/"failing.py").write_text("def reward(images, prompts, metadata): raise ConnectionError('no answer')\n")
     monkeypatch.syspath_prepend(tmp_path)
     code = cli._command(cli._train, ["--reward_fn", "failing:reward", "--logdir", str(tmp_path/"runs"), "--sample_num_steps", "2", "--sample_batch_size", "4", "--eval_num_images", "0", "--stop_gain", "0"])
-    said = capsys.readouterr().err
-    assert code == 2 and "error: reward 'reward' failed on 4 pictures" in said and "ConnectionError: no answer" in said and "--resume_from latest" in said
+    told, said = capsys.readouterr()
+    assert code == 2 and "error: reward 'reward' failed on 4 pictures" in said and "ConnectionError: no answer" in said and "resume" not in said
+    assert "stopped in epoch 1; no epoch was finished, so nothing is saved" in told
+
+
+def test_a_reward_in_the_current_folder_is_found_by_the_installed_command(tmp_path):
+    (tmp_path/"mine.py").write_text("def reward(images, prompts, metadata): return images.mean((1, 2, 3)), {}\n")
+    command = Path(sys.executable).with_name("ddpo_eval")
+    done = subprocess.run([command, "tiny", "--rewards", "mine:reward", "--prompts", "common_animals", "--n", "2", "--num_steps", "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mine:reward" in (tmp_path/"ddpo_eval.json").read_text()
+
+
+def test_pictures_of_a_run_are_drawn_as_the_run_draws_them(tmp_path, monkeypatch):
+    from ddpo_scratch import sd
+    from ddpo_scratch.config import write_config
+    den = sd.denoiser_for(sd.load_pipeline("tiny"))
+    sd.add_lora(den, 2)
+    sd.save_lora(den, tmp_path/"lora")
+    write_config(TrainConfig(sample_num_steps=3, eval_guidance_scale=1.5, sample_eta=.5, negative_prompts="a cat"), tmp_path)
+    seen = []
+    monkeypatch.setattr("ddpo_scratch.evaluate.fixed_seed_images", lambda den, prompts, seed, steps, eta: seen.append((den.guidance_scale, den.negative_prompt, steps, eta)) or torch.zeros(len(prompts), 3, 8, 8))
+    for more in ([], ["--num_steps", "2", "--guidance_scale", "3", "--eta", "1", "--negative_prompt", ""]):
+        assert cli.ddpo_sample(["a fox", "--lora", str(tmp_path), "--out", str(tmp_path/"out"), *more]) == 0
+    assert seen == [(1.5, "a cat", 3, .5), (3., "", 2, 1.)]
+
+
+def test_a_command_that_trains_nothing_promises_nothing(monkeypatch, capsys):
+    def stopped(args): raise KeyboardInterrupt
+    assert cli._command(stopped, []) == 2 and capsys.readouterr().err == "stopped\n"

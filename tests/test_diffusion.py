@@ -124,7 +124,7 @@ def test_at_shapes_dtypes_and_values():
     assert s.at(5, like).shape == s.at(torch.tensor(5), like).shape == (3, 1, 1, 1)
     assert s.at(torch.tensor([1, 2]), torch.zeros(2, 7)).shape == (2, 1)
     with pytest.raises(ValueError, match="t has 2 entries for a batch of 3"): s.at(torch.tensor([1, 2]), like)
-    with pytest.raises(IndexError): s.at(1000, like)
+    with pytest.raises(ValueError, match="t lies in 1000"): s.at(1000, like)
 
 
 def test_schedule_survives_copies_and_cannot_be_changed():
@@ -388,3 +388,8 @@ def test_gaussian_denoiser_keeps_the_protocol():
     assert (d.mu == 1.2).all()
     for method in (lambda: Denoiser().encode([]), lambda: Denoiser()(None, None, None), lambda: Denoiser().decode(None), lambda: Denoiser().reference()):
         with pytest.raises(NotImplementedError): method()
+
+
+@pytest.mark.parametrize("t", [-2, 1000, torch.tensor([3, 1000])])
+def test_timesteps_out_of_range(t):
+    with pytest.raises(ValueError, match=r"t lies in .*: give timesteps from 0 to 999, or -1 for the clean end"): schedule().at(t, randn(2, 3))

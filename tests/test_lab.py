@@ -128,3 +128,13 @@ def test_losses_through_the_sampler_by_finite_differences(loss):
     want = torch.stack([(value(theta + h*e) - value(theta - h*e)) / (2*h) for e in torch.eye(4).double()])
     torch.testing.assert_close(gradient[0], want, rtol=1e-6, atol=1e-9)
     assert gradient.abs().min() > 1e-4
+
+
+def test_steps_of_the_gradient_count_from_the_end_where_negative():
+    toy = ToyDenoiser(THETA)
+    torch.testing.assert_close(exact_gradient(toy, 4, 1., [-1]), exact_gradient(toy, 4, 1., [3]), rtol=0, atol=0)
+    with pytest.raises(IndexError): exact_gradient(toy, 4, 1., [4])
+
+
+def test_a_toy_predicts_eps():
+    with pytest.raises(ValueError, match="a toy predicts eps, given a schedule of 'v_prediction'"): ToyDenoiser(schedule=Schedule(LINEAR, prediction_type="v_prediction"))

@@ -58,3 +58,7 @@ def test_leave_one_out_is_unbiased_and_the_batch_mean_short_by_its_share(theta, 
     g = estimates(sf(leave_one_out), toy, 2000, 3)
     assert summary(g, exact).z.abs().max() < 4
     torch.testing.assert_close(estimates(sf(lambda r: r - r.mean()), toy, 2000, 3).mean(0), g.mean(0) * 2/3, rtol=1e-4, atol=1e-4)
+
+
+def test_one_advantage_for_all_samples_is_refused():
+    with pytest.raises(ValueError, match="do not fit"): reinforce_loss(torch.zeros(3), torch.tensor(1.))

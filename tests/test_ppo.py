@@ -109,3 +109,7 @@ def test_the_per_step_ratio_follows_mixtures_of_two_policies(share):
         return ppo_loss(replay_log_prob(toy, ro, 1.0) * 2, ro.log_probs * 2, a, 1e9) * 4
     g = estimates(loss, new, 1500, 8)
     assert summary(g, followed[0]).z.abs().max() < 4 < summary(g, exact_gradient(new, 4, 1.0)).z.abs().max()
+
+
+def test_one_advantage_for_all_samples_is_refused():
+    with pytest.raises(ValueError, match="do not fit"): ppo_loss(torch.zeros(3), torch.zeros(3), torch.tensor(1.), .1)

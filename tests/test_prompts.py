@@ -302,3 +302,13 @@ def test_dataset_of_a_runs_own_prompts():
 def test_import_is_light():
     code = "import sys, ddpo_scratch.prompts; print(sorted({'timm', 'torchvision', 'diffusers', 'matplotlib', 'inflect', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("n", [0, -3, 2.5])
+def test_pick_a_pic_of_no_captions(n):
+    with pytest.raises(ValueError, match=f"pick_a_pic: n is {n}: needs a whole number of at least 1, or None"): prompts.pick_a_pic(n=n)(torch.Generator())
+
+
+def test_a_file_that_is_no_utf8_is_named(tmp_path):
+    (tmp_path/"animals.txt").write_text("a fox", encoding="utf-16")
+    with pytest.raises(ValueError, match="animals.txt' is no UTF-8 text .*: save it as UTF-8"): prompts.from_file(tmp_path/"animals.txt")

@@ -181,12 +181,12 @@ def test_report_has_every_part_and_ignores_looks_after_its_last_epoch(tmp_path):
     with Image.open(folder/"strip.gif") as gif: assert (gif.n_frames, gif.size, gif.info["loop"]) == (3, (512, 272), 0)
 
 
-@pytest.mark.filterwarnings("ignore:std")
 @pytest.mark.parametrize("n", [1, 20])
 def test_report_of_any_number_of_pictures_and_of_many_looks(tmp_path, n):
     folder = finished(tmp_path/"run", epochs=40, n=n, looks=range(0, 41) if n == 1 else (0, 40))
     report = R.write_report(folder, TrainConfig())
     assert report["before"]["n"] == n
+    json.loads((folder/"report.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     epochs = [e for e, *_ in R._looks(folder, 40)]
     assert epochs[0] == 0 and epochs[-1] == 40 and len(epochs) == (24 if n == 1 else 2) and epochs == sorted(set(epochs))
 
@@ -229,6 +229,12 @@ def test_the_card_of_a_local_model_names_no_base_model_and_no_path(tmp_path):
     config = TrainConfig(model=str(tmp_path/"my-sd"))
     text = (R.write_report(finished(tmp_path/"run", config), config), (tmp_path/"run/README.md").read_text())[1]
     assert "base_model" not in text and str(tmp_path) not in text and 'from_pretrained("FOLDER/my-sd")' in text
+
+
+def test_the_card_holds_long_texts_in_any_script(tmp_path):
+    config = TrainConfig(negative_prompts="blurry, " * 40 + "絵", prompt_fn=f"from_list({['a fox'] * 40})")
+    R.write_report(finished(tmp_path/"run", config), config)
+    assert config.negative_prompts in (tmp_path/"run/README.md").read_text(encoding="utf-8")
 
 
 class FakeApi:
@@ -327,3 +333,9 @@ def test_clipped_gradients_are_normal_for_long_chains_only():
     rows = [row(e, grad_norm=4.) for e in range(1, 6)]
     assert not R.diagnose(rows, preset("tiny_alignprop")) and "fewer backprop_steps" in R.diagnose([r | dict(grad_norm=40.) for r in rows], preset("tiny_alignprop"))[0]
     assert "always clipped to 1" in R.diagnose(rows, TrainConfig())[0]
+
+
+def test_overshooting_is_measured_against_the_runs_clip_range():
+    rows = [row(e, grad_norm=.1, approx_kl=5e-7, clip_fraction=.1, ratio_spread=.01, clip_range=1.6e-3) for e in range(1, 6)]
+    assert not R.diagnose(rows, TrainConfig(model="a folder"))
+    assert "the clip range of 2.5e-05" in R.diagnose([r | dict(clip_range=2.5e-5) for r in rows], TrainConfig())[0]

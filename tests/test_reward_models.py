@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -635,10 +636,35 @@ def test_server_errors():
     def fails(images, questions): raise KeyError("no such thing")
     with serving(fails) as url, pytest.raises(RuntimeError, match=r"server at http://127.*answered 500: .*KeyError: 'no such thing'"):
         rm._Remote(url)(pictures(1), [["?"]])
-    with mock.patch("time.sleep"), pytest.raises(ConnectionError, match="no LLaVA server at http://127.0.0.1:9 after 3 tries.*llava_server"):
+    with mock.patch("time.sleep"), pytest.raises(ConnectionError, match="no answer from a LLaVA server at http://127.0.0.1:9 after 3 tries.*llava_server"):
         rm._Remote("http://127.0.0.1:9", tries=3)(pictures(1), [["?"]])
     with serving(lambda images, questions: [[]]) as url, pytest.raises(RuntimeError, match="answered 1 lists for 2 pictures"):
         rm._Remote(url)(pictures(2), [["?"], ["?"]])
+
+
+def test_a_server_that_hangs_or_hangs_up_is_asked_again_and_named():
+    late = threading.Event()
+    with mock.patch("time.sleep") as slept, serving(lambda images, questions: [[late.wait(.5)]]) as url:
+        with pytest.raises(ConnectionError, match=f"no answer from a LLaVA server at {url} after 2 tries: .*timed out"): rm._Remote(url, timeout=.05, tries=2)(pictures(1), [["?"]])
+        assert slept.call_count == 1
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts, then hangs up
+        def hang_up():
+            for _ in range(2): listener.accept()[0].close()
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with mock.patch("time.sleep"), pytest.raises(ConnectionError, match=f"no answer from a LLaVA server at {url} after 2 tries: "):
+            rm._Remote(url, tries=2)(pictures(1), [["?"]])
+        thread.join()
+
+
+def test_a_server_loads_before_it_listens():
+    class Model:
+        loaded = False
+        def load(self): self.loaded = True
+        def __call__(self, images, questions): return [["yes"]]*len(images)
+    model = Model()
+    with llava_server(model, port=0): assert model.loaded
 
 
 # ---------------------------------------------------------------- BERTScore and questions

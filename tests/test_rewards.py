@@ -490,3 +490,16 @@ def test_a_slice_is_sent_without_its_batch():
 def test_rewards_of_this_room_can_be_pickled(name):
     reward = get_reward(name)
     assert torch.equal(compute_rewards(pickle.loads(pickle.dumps(reward)), *args(pictures()))[0], compute_rewards(reward, *args(pictures()))[0])
+
+
+def built(value): return Constant(value[1])
+
+
+def test_literal_arguments_keep_their_colons():
+    assert compute_rewards(get_reward(f"2*{__name__}:built({{1:2}})"), *args(pictures()))[0].tolist() == [4.]*4
+
+
+def test_colours_of_a_grey_picture_in_half_precision_have_a_gradient():
+    images = torch.full((1, 3, 8, 8), .5, dtype=torch.float16, requires_grad=True)
+    get_reward("colorfulness")(images, [""], [{}]).sum().backward()
+    assert images.grad.isfinite().all()

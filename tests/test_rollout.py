@@ -2,6 +2,7 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -436,3 +437,16 @@ def test_the_score_function_has_mean_zero():
     for i in range(5):
         score = torch.autograd.grad(replay_log_prob(d, r, 1., steps=[i]).sum(), d.mu)[0] * n
         assert score.mean().abs() < 4 * score.std() / n**.5
+
+
+def test_one_sample_by_any_index_is_a_batch_of_one(rollout):
+    for i in (2, torch.tensor(2), np.int64(2)):
+        one = rollout[i]
+        assert len(one) == len(one.c) == 1 and torch.equal(one.x0, rollout.x0[2:3]) and torch.equal(one.log_probs, rollout.log_probs[2:3])
+
+
+def test_steps_count_from_the_end_where_negative(tiny, rollout):
+    with torch.no_grad():
+        assert_close(replay_log_prob(tiny, rollout, 1., [-2, 0]), replay_log_prob(tiny, rollout, 1., [rollout.n_steps - 2, 0]), rtol=0, atol=0)
+    for i in (rollout.n_steps, -rollout.n_steps - 1):
+        with pytest.raises(IndexError): replay_log_prob(tiny, rollout, 1., [i])

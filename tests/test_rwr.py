@@ -184,3 +184,7 @@ def test_regression_moves_the_mean_to_the_weighted_mean_of_the_samples(weigh):
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         trail.append(den.mu.detach().clone())
     torch.testing.assert_close(torch.stack(trail[-100:]).mean(0), (w[:, None] * x0).mean(0), rtol=0, atol=0.02)
+
+
+def test_the_smallest_share_keeps_one():
+    assert sparse_weights([1., 3., 2.], 1e-10).tolist() == [0., 3., 0.]

@@ -35,3 +35,15 @@ def test_measured_quality_meets_the_bars():
         elif "generated" in row["pictures"]: assert row["accuracy"] >= .6
         else: assert row["accuracy"] >= .95
     assert len(rows) == 9
+
+
+def test_a_build_that_was_interrupted_goes_on_from_whole_parts(tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(tiny, "train_vae", lambda vae, *a: trained.append(1) or vae)
+    monkeypatch.setattr(tiny, "train_unet", lambda unet, text, *a, **k: (unet, text))
+    (tmp_path/"work"/"vae.part").mkdir(parents=True)  # what a stop while writing leaves
+    for said in ("", "is kept: remove that folder to train it again"):
+        tiny.build(tmp_path)
+        assert trained == [1] and said in capsys.readouterr().out
+    from diffusers import StableDiffusionPipeline
+    assert StableDiffusionPipeline.from_pretrained(tmp_path).unet.config.sample_size == 16

@@ -349,3 +349,18 @@ def test_the_first_look_is_at_the_base_model_even_after_training(tmp_path):
     fresh = T.setup(small(tmp_path, eval_num_images=3))
     T.look(fresh)
     assert abs(start - fresh.eval_start) < 1e-5 and T.look(state)["eval_reward_mean"] != start
+
+
+def test_looks_of_a_run_are_pairs_after_resuming_too(tmp_path):
+    run = dict(run_name="a", eval_num_images=2, eval_freq=1)
+    folder = T.fit(small(tmp_path, num_epochs=1, **run))
+    for field, value in dict(eval_num_images=3, eval_guidance_scale=2.).items():
+        with pytest.raises(ValueError, match=f"another configuration: {field} was .*, now {value}"): T.setup(small(tmp_path, **run | {field: value}, resume_from=str(folder)))
+    assert not T.setup(small(tmp_path, **run | dict(eval_num_images=0), resume_from=str(folder))).finished          # looking no more is no other look
+    assert [r["clip_range"] for r in read_metrics(folder)] == [T.default_clip_range((4, 16, 16))]
+
+
+def test_a_run_that_an_error_stops_says_from_where_it_can_go_on(tmp_path, capsys):
+    def fails(step): raise RuntimeError("no more")
+    with pytest.raises(RuntimeError, match="no more"): T.fit(small(tmp_path, run_name="a", save_freq=1), on_epoch=fails)
+    assert f"saved up to epoch_0001: resume with --resume_from {tmp_path/'a'}" in capsys.readouterr().out
