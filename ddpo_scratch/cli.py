@@ -89,13 +89,13 @@ def _tell(*words):
     "Print, on the first process of several."
     if os.environ.get("RANK", "0") == "0": print(*words, flush=True)
 
-# %% ../nbs/14_cli.ipynb #1d63f0f7
+# %% ../nbs/14_cli.ipynb #6a909447
 def _say(step):
     m = step.metrics
     said = [f"reward {m['reward_mean']:.3f} ± {m['reward_std']:.3f}", f"{m['reward_queries']} reward queries"]
     said += [f"{k} {m[k]:.1e}" for k in ("approx_kl", "clip_fraction", "kl") if k in m]
     if "eval_gain" in m: said.append(f"fixed seeds {m['eval_gain']:+.1%}")
-    _tell(f"\nepoch {step.epoch}: {', '.join(said)}, {m['seconds_sampling'] + m['seconds_training']:.0f} s")
+    _tell(f"{chr(10)*sys.stdout.isatty()}epoch {step.epoch}: {', '.join(said)}, {m['seconds_sampling'] + m['seconds_training']:.0f} s")  # below the bar, where there is one
 
 def _effect(folder):
     r = json.loads((folder/"report.json").read_text())

@@ -6,7 +6,7 @@
 __all__ = ['TrainState', 'Step', 'setup', 'Samples', 'advantages_of', 'collect', 'update', 'minibatches', 'backprop_update',
            'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'look', 'train', 'fit']
 
-# %% ../nbs/11_train.ipynb #35234dcc
+# %% ../nbs/11_train.ipynb #930ab69b
 import contextlib
 import copy
 import dataclasses
@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -746,7 +747,7 @@ def _says_where(state):
     finally:
         if here: signal.signal(signal.SIGTERM, old)
 
-# %% ../nbs/11_train.ipynb #99127a12
+# %% ../nbs/11_train.ipynb #e593b35a
 def fit(config=None,  # a TrainConfig; None is the main job
         on_epoch=None,  # called with each epoch's last Step; return True to stop early
         **parts,  # denoiser, reward_fn, prompt_fn: passed to `setup`
@@ -756,7 +757,7 @@ def fit(config=None,  # a TrainConfig; None is the main job
     cfg, main = state.config, state.accelerator.is_main_process
     with _open_log(state), _says_where(state), contextlib.closing(train(state=state)) as steps:
         if cfg.eval_num_images and state.eval_start is None and (cfg.use_lora or state.epoch == 0): look(state)
-        for step in _with_bar(state, steps):
+        for step in _with_bar(state, steps, lines=on_epoch is None):
             if _any(state, on_epoch and on_epoch(step)): break
     if main and state.eval_gain >= cfg.stop_gain > 0:
         print(f"stopped after epoch {state.epoch}: the fixed-seed pictures' mean reward has gained {state.eval_gain:.1%} (stop_gain is {cfg.stop_gain:.0%})")
@@ -768,15 +769,18 @@ def _any(state, stop):
     acc = state.accelerator
     return bool(stop) if acc.num_processes == 1 else bool(acc.reduce(torch.tensor(float(bool(stop)), device=acc.device), "sum") > 0)
 
-def _with_bar(state, steps):
-    "The last Step of each epoch, under a bar with the reward."
-    from fastprogress.fastprogress import progress_bar
-    cfg, first = state.config, None
-    bar = progress_bar(range(state.epoch*cfg.updates_per_epoch, cfg.num_epochs*cfg.updates_per_epoch), display=state.accelerator.is_main_process)
-    for _, step in zip(bar, steps):
+def _with_bar(state, steps, lines=True):
+    "The last Step of each epoch, under a bar with the reward in notebooks and terminals, with a line an epoch in logs."
+    from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
+    cfg, first, main = state.config, None, state.accelerator.is_main_process
+    updates = range(state.epoch*cfg.updates_per_epoch, cfg.num_epochs*cfg.updates_per_epoch)
+    bar = progress_bar(updates) if main and (IN_NOTEBOOK or sys.stdout.isatty()) else None
+    for _, step in zip(updates if bar is None else bar, steps):
         if not step.metrics: continue
         first = step.metrics["reward_mean"] if first is None else first
-        bar.comment = f"epoch {step.epoch}/{cfg.num_epochs} reward {step.metrics['reward_mean']:.3f} (first {first:.3f}), fixed seeds {state.eval_gain:+.1%}"
+        said = f"epoch {step.epoch}/{cfg.num_epochs} reward {step.metrics['reward_mean']:.3f} (first {first:.3f}), fixed seeds {state.eval_gain:+.1%}"
+        if bar is not None: bar.comment = said
+        elif main and lines: print(said, flush=True)
         yield step
 
 # %% ../nbs/11_train.ipynb #227b86cf

@@ -29,6 +29,7 @@ def test_help_names_every_field_and_preset():
 def test_train_resume_and_sample(tmp_path):
     first = run("ddpo_train", "--logdir", tmp_path, *TINY_RUN)
     assert first.returncode == 0, first.stderr
+    assert "\r" not in first.stdout and "\nepoch 1: reward" in first.stdout                 # no bar in a log
     folder = tmp_path/"ddpo_is-jpeg_compressibility-001"
     assert {"before_after.png", "reward_curve.png", "metrics.jsonl", "config.yaml", "report.json", "lora"} <= {p.name for p in folder.iterdir()}
     assert (folder/"lora"/"pytorch_lora_weights.safetensors").is_file() and "fixed seeds" in first.stdout

@@ -364,3 +364,11 @@ def test_a_run_that_an_error_stops_says_from_where_it_can_go_on(tmp_path, capsys
     def fails(step): raise RuntimeError("no more")
     with pytest.raises(RuntimeError, match="no more"): T.fit(small(tmp_path, run_name="a", save_freq=1), on_epoch=fails)
     assert f"saved up to epoch_0001: resume with --resume_from {tmp_path/'a'}" in capsys.readouterr().out
+
+
+def test_a_log_gets_a_plain_line_an_epoch(tmp_path, capsys):
+    T.fit(small(tmp_path, run_name="a", num_epochs=2))
+    said = capsys.readouterr().out
+    assert "\r" not in said and [line[:15] for line in said.splitlines() if line.startswith("epoch")] == ["epoch 1/2 rewar", "epoch 2/2 rewar"]
+    T.fit(small(tmp_path, run_name="b", num_epochs=1), on_epoch=lambda step: print("mine"))
+    assert capsys.readouterr().out.splitlines() == ["mine"]
