@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
+from ddpo_scratch.config import TrainConfig, preset
 from ddpo_scratch.evaluate import before_after, fixed_seed_images, read_metrics
 from ddpo_scratch.prompts import COMMON_ANIMALS, article
 from ddpo_scratch.rewards import jpeg_size
 from ddpo_scratch.sd import StableDiffusion, load_lora, load_pipeline
 from ddpo_scratch.tiny import load_classifier
-from ddpo_scratch.train import TrainConfig, fit, preset
+from ddpo_scratch.train import fit
 
 HERE = Path(__file__).with_suffix("")
 JOBS = {"0": preset("tiny"), "1": preset("tiny", seed=1), "2": preset("tiny", seed=2),
