@@ -170,7 +170,7 @@ class RunLog:
     def close(self):  # a second call does nothing
         while self.trackers: self.trackers.pop().close()
 
-# %% ../nbs/12b_report.ipynb #1c773c53
+# %% ../nbs/12b_report.ipynb #17047dc8
 _panels = dict(reward_mean="reward of the samples", eval_reward_mean="reward of the fixed seeds", approx_kl="approx_kl", clip_fraction="clip_fraction", ratio_spread="ratio_spread",
                grad_norm="grad_norm", advantage_spread="advantage_spread", own_statistics="share with own prompt statistics", kl="KL to the base model", k="steps differentiated", lr="learning rate")
 
@@ -178,6 +178,7 @@ def gauge_curves(rows,  # of read_metrics
                  ):  # -> matplotlib Figure
     "A panel against the epoch for each gauge that the rows have; behind the reward, its range over the samples."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     keys = [k for k in _panels if any(k in r for r in rows)] or ["reward_mean"]
     n_cols = min(4, len(keys))
     fig = Figure(figsize=(3*n_cols, 2.1*-(-len(keys)//n_cols)), layout="constrained", dpi=90)
@@ -188,6 +189,7 @@ def gauge_curves(rows,  # of read_metrics
         if k == "eval_reward_mean": mine = [dict(epoch=0, eval_reward_mean=mine[0].get("eval_start", math.nan)), *mine]
         ax.plot([r["epoch"] for r in mine], [r[k] for r in mine], marker="o", ms=2, lw=1)
         ax.set_title(_panels[k], fontsize=9)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         ax.spines[["top", "right"]].set_visible(False)
         if k == "reward_mean" and all("reward_min" in r for r in mine):
             ax.fill_between([r["epoch"] for r in mine], [r["reward_min"] for r in mine], [r["reward_max"] for r in mine], alpha=.2, lw=0)
@@ -230,7 +232,7 @@ def _on_advantages(rows, c):
         yield (f"own_statistics is {own:.0%}: most samples are measured against the whole batch, so easy prompts win. Try: sample_images_per_prompt 4 or more, a smaller "
                "per_prompt_stat_tracking_min_count, fewer prompts, or patience until the memories are full")
 
-# %% ../nbs/12b_report.ipynb #70756186
+# %% ../nbs/12b_report.ipynb #91c012b6
 def _on_updates(rows, c):
     clip = rows[-1].get("clip_range") or c.train_clip_range or (1.6e-3 if c.model == "tiny" else 1e-4)
     spread, clipped, kl, norm = (_late(rows, k) for k in ("ratio_spread", "clip_fraction", "approx_kl", "grad_norm"))
@@ -244,8 +246,8 @@ def _on_updates(rows, c):
     if clipped > .5:
         yield (f"clip_fraction is {clipped:.0%}: most of the batch is held back by the clip. Try: a smaller train_learning_rate, fewer updates an epoch, or a larger train_clip_range "
                "(0 scales the literature's to the model)")
-    if (2*kl)**.5 > 5*clip:
-        yield (f"approx_kl is {kl:.2g}: a typical log ratio is {(2*kl)**.5/clip:.0f} times the clip range of {clip:.2g}, so updates overshoot. Try: a smaller train_learning_rate, "
+    if (2*kl)**.5 > 2*clip:
+        yield (f"approx_kl is {kl:.2g}: a typical log ratio is {(2*kl)**.5/clip:.1f} times the clip range of {clip:.2g}, so updates overshoot. Try: a smaller train_learning_rate, "
                "fewer updates an epoch")
 
 # %% ../nbs/12b_report.ipynb #45aef415

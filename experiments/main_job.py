@@ -44,7 +44,7 @@ def run(job, judge, base, log_dir):
     folder = fit(config)
     minutes = (time.perf_counter() - start)/60
     after, b = measure(load_lora(load_pipeline("tiny"), folder), judge, config.eval_guidance_scale)
-    rows = [{k: round(v, 5) for k, v in r.items()} for r in read_metrics(folder)]
+    rows = [{k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in r.items()} for r in read_metrics(folder)]
     changed = {k: v for k, v in dataclasses.asdict(JOBS[job]).items() if v != getattr(TrainConfig, k)}
     return after, dict(config=changed, guidance_scale=config.eval_guidance_scale, before=base, after=b, fall=1 - b["kb_mean"]/base["kb_mean"],
                        epochs=len(rows), reward_queries=rows[-1]["reward_queries"], minutes=round(minutes, 1), threads=torch.get_num_threads(), rows=rows)
