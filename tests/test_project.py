@@ -1,6 +1,5 @@
 "The project as a whole: modules in sync with notebooks, few arrows between them, quick imports, a small clean repository."
 import ast
-import importlib
 import re
 import subprocess
 import sys
@@ -113,11 +112,8 @@ SCRIPTS = sorted(p for d in ("experiments", "benchmarks", "tools", "tests") for 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_scripts_import_names_that_exist(script):
     "A script that runs for hours is seldom run: it must not break unseen when a name moves to another module."
-    nodes = [n for n in ast.walk(ast.parse(script.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom) and n.module and n.module.split(".")[0] == "ddpo_scratch"]
-    for node in nodes:
-        module = importlib.import_module(node.module)
-        missing = [a.name for a in node.names if not hasattr(module, a.name) and not (LIB / f"{a.name}.py").exists()]
-        assert not missing, f"{node.module} has no {missing}"
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ddpo_scratch": exec(ast.unparse(node), {})  # or an ImportError that says which
 
 
 def test_package_imports_quickly():
