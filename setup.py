@@ -1,4 +1,5 @@
 "Package metadata, all of it from settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,13 +10,13 @@ parser = ConfigParser()
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 licenses = {"apache2": "Apache-2.0"}
-statuses = dict(zip("1234567", ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta",
-                                "5 - Production/Stable", "6 - Mature", "7 - Inactive"]))
+statuses = {"2": "Pre-Alpha", "3": "Alpha", "4": "Beta", "5": "Production/Stable"}
 readme = root / "README.md"
 lib = cfg["lib_name"]
 
 extras = {name: cfg[f"{name}_requirements"].split() for name in cfg["extras"].split()}
-extras["all"] = sorted(set(sum(extras.values(), [])))
+extras["all"] = sorted({requirement for name in extras for requirement in extras[name]})
+extras["dev"] = cfg["dev_requirements"].split() + extras["all"]  # the tests try every extra
 
 setup(
     name=lib,
@@ -27,15 +28,20 @@ setup(
     url=cfg["git_url"] or None,
     license=licenses[cfg["license"]],
     keywords=cfg["keywords"],
-    classifiers=[f"Development Status :: {statuses[cfg['status']]}",
-                 f"Intended Audience :: {cfg['audience']}",
-                 f"Natural Language :: {cfg['language']}",
-                 "Programming Language :: Python :: 3"],
+    classifiers=[
+        f"Development Status :: {cfg['status']} - {statuses[cfg['status']]}",
+        f"Intended Audience :: {cfg['audience']}",
+        f"Natural Language :: {cfg['language']}",
+        "Programming Language :: Python :: 3",
+    ],
     packages=find_packages(include=[lib, f"{lib}.*"]),
-    package_data={lib: ["tiny_model/**", "assets/**"]},
+    package_data={lib: ["tiny_model/**", "assets/**", "presets/**"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={**extras, "dev": [*cfg["dev_requirements"].split(), *extras["all"]]},  # the tests try every extra
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},
+    extras_require=extras,
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{lib}={lib}._modidx:d"],
+    },
     zip_safe=False,
 )

@@ -1,12 +1,16 @@
-"""The main job, three times: DDPO-IS on the embedded model, JPEG compressibility over the 45 common animals.
+"""The main job, three times: DDPO-IS on the embedded model, JPEG size over the 45 common animals.
 
-    python experiments/main_job.py              # jobs 0 1 2, up and collapse; a finished job is not run again
-    python experiments/main_job.py 0,1 2        # these jobs, on 2 threads
+    python experiments/main_job.py         # jobs 0 1 2, up and collapse; finished jobs are skipped
+    python experiments/main_job.py 0,1 2   # these jobs, on 2 threads
 
-Jobs 0, 1 and 2 are seeds of the main job, with the defaults of `ddpo_train`; "up" is seed 0 with jpeg_incompressibility, the other way; "collapse" is preset tiny_collapse.
-Base and fine-tuned model draw the 45 animals with 2 held-out seeds each, at eval_guidance_scale; the run itself stops by other pictures, its own.
-Writes main_job.json (sizes and classifier accuracy, minutes, metrics of every epoch) and main_job.png, main_job_up.png, main_job_collapse.png (ten animals before and after).
+Jobs 0, 1 and 2 are seeds of the main job, with the defaults of `ddpo_train`; "up" is seed 0 with
+jpeg_incompressibility, the other way; "collapse" is preset tiny_collapse. Base and fine-tuned model
+draw the 45 animals with 2 held-out seeds each, at eval_guidance_scale; the run itself stops by
+other pictures, its own. Writes main_job.json (sizes and classifier accuracy, minutes, metrics of
+every epoch) and main_job.png, main_job_up.png and main_job_collapse.png (ten animals before and
+after).
 """
+
 import dataclasses
 import json
 import sys
@@ -17,59 +21,128 @@ from pathlib import Path
 import torch
 
 from ddpo_scratch.config import TrainConfig, preset
-from ddpo_scratch.evaluate import before_after, fixed_seed_images, read_metrics
+from ddpo_scratch.evaluate import before_after, fixed_seed_images
+from ddpo_scratch.models.sd import StableDiffusion, load_lora, load_pipeline
+from ddpo_scratch.models.tiny import load_classifier
 from ddpo_scratch.prompts import COMMON_ANIMALS, article
-from ddpo_scratch.rewards import jpeg_size
-from ddpo_scratch.sd import StableDiffusion, load_lora, load_pipeline
-from ddpo_scratch.tiny import load_classifier
+from ddpo_scratch.rewards.jpeg import jpeg_size
+from ddpo_scratch.runlog import read_metrics
 from ddpo_scratch.train import fit
 
 HERE = Path(__file__).with_suffix("")
-JOBS = {"0": preset("tiny"), "1": preset("tiny", seed=1), "2": preset("tiny", seed=2),
-        "up": preset("tiny", reward_fn="jpeg_incompressibility"), "collapse": preset("tiny_collapse")}
-PROMPTS, NAMES = [f"{article(a)} {a}" for a in COMMON_ANIMALS]*2, COMMON_ANIMALS*2
+LOG = HERE.with_suffix(".json")
+JOBS = {
+    "0": preset("tiny"),
+    "1": preset("tiny", seed=1),
+    "2": preset("tiny", seed=2),
+    "up": preset("tiny", reward_fn="jpeg_incompressibility"),
+    "collapse": preset("tiny_collapse"),
+}
+NAMES = COMMON_ANIMALS * 2
+PROMPTS = [f"{article(name)} {name}" for name in NAMES]
+# Ten animals for the picture: every third, as far as they fill one row.
+SHOWN = range(0, 30, 3)
 
 
-def measure(pipe, judge, guidance_scale):
-    images = fixed_seed_images(StableDiffusion(pipe, guidance_scale), PROMPTS, seed=1000, batch_size=45)
+def measure(pipe, classifier, guidance_scale):
+    "Draw the 45 animals twice; the pictures, and a summary of their sizes and of what they show."
+    denoiser = StableDiffusion(pipe, guidance_scale)
+    images = fixed_seed_images(denoiser, PROMPTS, seed=1000, batch_size=45)
     kb = jpeg_size(images).double()
-    return images, dict(n=len(kb), kb_mean=kb.mean().item(), kb_se=(kb.std()/len(kb)**.5).item(),
-                        accuracy=sum(a == b for a, b in zip(judge.names(images), NAMES))/len(NAMES))
+    right = sum(name == seen for name, seen in zip(NAMES, classifier.names(images)))
+    return images, dict(
+        n=len(kb),
+        kb_mean=kb.mean().item(),
+        kb_se=(kb.std() / len(kb) ** 0.5).item(),
+        accuracy=right / len(NAMES),
+    )
 
 
-def run(job, judge, base, log_dir):
+def five_digits(row):
+    "Round to significant digits, not decimals: approx_kl is about 1e-7."
+    return {k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in row.items()}
+
+
+def run(job, classifier, before, log_dir):
     "Train, then draw with the LoRA that the run left, as a user would."
     config = dataclasses.replace(JOBS[job], logdir=log_dir)
     start = time.perf_counter()
     folder = fit(config)
-    minutes = (time.perf_counter() - start)/60
-    after, b = measure(load_lora(load_pipeline("tiny"), folder), judge, config.eval_guidance_scale)
-    rows = [{k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in r.items()} for r in read_metrics(folder)]
-    changed = {k: v for k, v in dataclasses.asdict(JOBS[job]).items() if v != getattr(TrainConfig, k)}
-    return after, dict(config=changed, guidance_scale=config.eval_guidance_scale, before=base, after=b, fall=1 - b["kb_mean"]/base["kb_mean"],
-                       epochs=len(rows), reward_queries=rows[-1]["reward_queries"], minutes=round(minutes, 1), threads=torch.get_num_threads(), rows=rows)
+    minutes = (time.perf_counter() - start) / 60
+    tuned = load_lora(load_pipeline("tiny"), folder)
+    images, after = measure(tuned, classifier, config.eval_guidance_scale)
+    rows = [five_digits(row) for row in read_metrics(folder)]
+    fields = dataclasses.asdict(JOBS[job])
+    changed = {k: v for k, v in fields.items() if v != getattr(TrainConfig, k)}
+    return images, dict(
+        config=changed,
+        guidance_scale=config.eval_guidance_scale,
+        before=before,
+        after=after,
+        fall=1 - after["kb_mean"] / before["kb_mean"],
+        epochs=len(rows),
+        reward_queries=rows[-1]["reward_queries"],
+        minutes=round(minutes, 1),
+        threads=torch.get_num_threads(),
+        rows=rows,
+    )
+
+
+def read_log():
+    "Read main_job.json, or begin it."
+    if LOG.exists():
+        return json.loads(LOG.read_text())
+    return dict(command="python experiments/main_job.py", runs={})
+
+
+def save(job, record):
+    "Add a job to main_job.json, read anew: another process may have finished a job meanwhile."
+    log = read_log()
+    log["runs"] = dict(sorted((log["runs"] | {job: record}).items()))
+    LOG.write_text(json.dumps(log, indent=1) + "\n")
+
+
+def save_picture(job, before, after):
+    "Draw ten animals before and after."
+    name = "main_job" if job == "0" else f"main_job_{job}"
+    shown = list(SHOWN)
+    prompts = [PROMPTS[i] for i in shown]
+    figure = before_after(before[shown], after[shown], prompts, n_cols=10)
+    figure.savefig(HERE.with_name(f"{name}.png"))
+
+
+def report(job, record):
+    "Print a job's result in one line."
+    before, after = record["before"], record["after"]
+    print(
+        f"job {job}: {before['kb_mean']:.3f} -> {after['kb_mean']:.3f} kB ({-record['fall']:.1%}),"
+        f" accuracy {before['accuracy']:.0%} -> {after['accuracy']:.0%},"
+        f" {record['epochs']} epochs, {record['minutes']:.1f} min",
+        flush=True,
+    )
 
 
 def main(jobs=JOBS, threads=2):
     torch.set_num_threads(threads)
-    judge, path, base = load_classifier(), HERE.with_suffix(".json"), {}
-    read = lambda: json.loads(path.read_text()) if path.exists() else dict(command="python experiments/main_job.py", runs={})
+    classifier = load_classifier()
+    base = {}  # guidance scale -> what the base model draws with it
     for job in jobs:
-        if job in read()["runs"]: continue
+        if job in read_log()["runs"]:
+            continue
         w = JOBS[job].eval_guidance_scale
-        if w not in base: base[w] = measure(load_pipeline("tiny"), judge, w)
-        before, a = base[w]
-        with tempfile.TemporaryDirectory() as tmp: after, found = run(job, judge, a, tmp)
+        if w not in base:
+            base[w] = measure(load_pipeline("tiny"), classifier, w)
+        before, summary = base[w]
+        with tempfile.TemporaryDirectory() as folder:
+            after, record = run(job, classifier, summary, folder)
         if job not in ("1", "2"):
-            name = "main_job" if job == "0" else f"main_job_{job}"
-            before_after(before[:45][::3][:10], after[:45][::3][:10], PROMPTS[:45][::3][:10], n_cols=10).savefig(HERE.with_name(f"{name}.png"))
-        log = read()                                                                     # another process may have finished a job
-        log["runs"] = dict(sorted((log["runs"] | {job: found}).items()))
-        path.write_text(json.dumps(log, indent=1) + "\n")
-        b = found["after"]
-        print(f"job {job}: {a['kb_mean']:.3f} -> {b['kb_mean']:.3f} kB ({-found['fall']:.1%}), accuracy {a['accuracy']:.0%} -> {b['accuracy']:.0%}, "
-              f"{found['epochs']} epochs, {found['minutes']:.1f} min", flush=True)
+            save_picture(job, before, after)
+        save(job, record)
+        report(job, record)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(",") if len(sys.argv) > 1 else JOBS, int(sys.argv[2]) if len(sys.argv) > 2 else 2)
+    main(
+        sys.argv[1].split(",") if len(sys.argv) > 1 else JOBS,
+        int(sys.argv[2]) if len(sys.argv) > 2 else 2,
+    )

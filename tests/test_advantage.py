@@ -1,4 +1,5 @@
 "What would bore a reader of 08: types, order, rollover against a slow reference, state, bad input."
+
 import json
 
 import numpy as np
@@ -11,29 +12,50 @@ from ddpo_scratch.advantage import PerPromptStatTracker, standardize
 def slow(history, prompts, rewards, buffer_size, min_count):
     "The tracker in plain numpy, one prompt at a time."
     out = []
-    for p, r in zip(prompts, rewards): history.setdefault(p, []).append(r)
+    for p, r in zip(prompts, rewards):
+        history.setdefault(p, []).append(r)
     for p, r in zip(prompts, rewards):
         own = np.array(history[p][-buffer_size:], dtype=np.float64)
-        if len(own) < min_count: own = np.array(rewards, dtype=np.float64)
+        if len(own) < min_count:
+            own = np.array(rewards, dtype=np.float64)
         out.append((r - own.mean()) / (own.std() + 1e-6))
     return np.array(out)
 
 
 @pytest.mark.parametrize("buffer_size, min_count", [(4, 1), (4, 4), (8, 3), (32, 16)])
 def test_tracker_against_a_slow_reference(buffer_size, min_count):
-    rng, tracker, history = np.random.default_rng(0), PerPromptStatTracker(buffer_size, min_count), {}
+    rng, tracker, history = (
+        np.random.default_rng(0),
+        PerPromptStatTracker(buffer_size, min_count),
+        {},
+    )
     for _ in range(12):
         prompts, rewards = list(rng.choice(["a", "b", "c", "d"], 9)), rng.normal(3, 2, 9)
-        got, want = tracker.update(prompts, rewards), slow(history, prompts, rewards, buffer_size, min_count)
+        got, want = (
+            tracker.update(prompts, rewards),
+            slow(history, prompts, rewards, buffer_size, min_count),
+        )
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-5)
-    assert {p: len(d) for p, d in tracker.stats.items()} == {p: min(len(h), buffer_size) for p, h in history.items()}
+    assert {p: len(d) for p, d in tracker.stats.items()} == {
+        p: min(len(h), buffer_size) for p, h in history.items()
+    }
 
 
-@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda r: torch.tensor(r, dtype=torch.int32), lambda r: torch.tensor(r, dtype=torch.float16),
-                                  lambda r: torch.tensor(r, dtype=torch.bfloat16), lambda r: torch.tensor(r, dtype=torch.float32, requires_grad=True)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        list,
+        np.array,
+        torch.tensor,
+        lambda r: torch.tensor(r, dtype=torch.int32),
+        lambda r: torch.tensor(r, dtype=torch.float16),
+        lambda r: torch.tensor(r, dtype=torch.bfloat16),
+        lambda r: torch.tensor(r, dtype=torch.float32, requires_grad=True),
+    ],
+)
 def test_types(kind):
     r = [1, 2, 6]
-    want = torch.tensor([-2.0, -1.0, 3.0]) / (14 / 3)**0.5
+    want = torch.tensor([-2.0, -1.0, 3.0]) / (14 / 3) ** 0.5
     for got in (standardize(kind(r)), PerPromptStatTracker(4, 2).update(["x"] * 3, kind(r))):
         assert got.dtype == torch.float32 and not got.requires_grad
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -58,7 +80,9 @@ def test_order_of_the_batch_does_not_matter_within_the_buffer():
     prompts, r = list("aabbcab"), torch.randn(7)
     order = torch.randperm(7)
     whole = PerPromptStatTracker(8, 2).update(prompts, r)
-    torch.testing.assert_close(PerPromptStatTracker(8, 2).update([prompts[i] for i in order], r[order]), whole[order])
+    torch.testing.assert_close(
+        PerPromptStatTracker(8, 2).update([prompts[i] for i in order], r[order]), whole[order]
+    )
 
 
 def test_numpy_prompts_and_state_through_json():
@@ -81,27 +105,38 @@ def test_coverage():
 @pytest.mark.parametrize("rewards", [[], [[1.0]], [float("nan")], [float("-inf")], 3.0])
 def test_bad_rewards(rewards):
     tracker = PerPromptStatTracker(4, 2)
-    with pytest.raises(ValueError, match="standardize"): standardize(rewards)
-    with pytest.raises(ValueError, match="PerPromptStatTracker"): tracker.update(["a"], rewards)
+    with pytest.raises(ValueError, match="standardize"):
+        standardize(rewards)
+    with pytest.raises(ValueError, match="PerPromptStatTracker"):
+        tracker.update(["a"], rewards)
     assert tracker.stats == {}
 
 
 def test_bad_settings_and_prompts():
     for size, count in ((0, 0), (4, 5), (4, 0), (-1, -1)):
-        with pytest.raises(ValueError, match="min_count"): PerPromptStatTracker(size, count)
+        with pytest.raises(ValueError, match="min_count"):
+            PerPromptStatTracker(size, count)
     tracker = PerPromptStatTracker(4, 2)
     for prompts in ("ab", ["a"], ["a", "b", "c"]):
-        with pytest.raises(ValueError): tracker.update(prompts, [1.0, 2.0])
-    with pytest.raises(ValueError, match="saved with"): tracker.load_state_dict(PerPromptStatTracker(8, 2).state_dict())
+        with pytest.raises(ValueError):
+            tracker.update(prompts, [1.0, 2.0])
+    with pytest.raises(ValueError, match="saved with"):
+        tracker.load_state_dict(PerPromptStatTracker(8, 2).state_dict())
     assert tracker.stats == {}
 
 
 def test_five_numbers_by_hand():
     "Mean 7.8, squared distances 236.8 in all; cats 1 2 6 and dogs 10 20 by themselves."
     five, names = [1, 10, 2, 20, 6], ["cat", "dog", "cat", "dog", "cat"]
-    np.testing.assert_allclose(standardize(five).numpy(), np.array([-6.8, 2.2, -5.8, 12.2, -1.8]) / 47.36**0.5, rtol=1e-5)
-    s = (14 / 3)**0.5
-    np.testing.assert_allclose(PerPromptStatTracker(4, 2).update(names, five).numpy(), [-2 / s, -1, -1 / s, 1, 3 / s], rtol=1e-5)
+    np.testing.assert_allclose(
+        standardize(five).numpy(), np.array([-6.8, 2.2, -5.8, 12.2, -1.8]) / 47.36**0.5, rtol=1e-5
+    )
+    s = (14 / 3) ** 0.5
+    np.testing.assert_allclose(
+        PerPromptStatTracker(4, 2).update(names, five).numpy(),
+        [-2 / s, -1, -1 / s, 1, 3 / s],
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 100])
@@ -109,47 +144,62 @@ def test_five_numbers_by_hand():
 def test_no_advantage_exceeds_the_root_of_n_minus_1(n, scale):
     g = torch.Generator().manual_seed(n)
     for power in (1, 5, 25):  # ever heavier tails
-        r = scale * torch.randn(n, generator=g, dtype=torch.float64)**power
+        r = scale * torch.randn(n, generator=g, dtype=torch.float64) ** power
         tracker = PerPromptStatTracker(n, 1)
         tracker.update(["x"] * (n - 1), r[:-1])
-        for a in (standardize(r), tracker.update(["x"], r[-1:])): assert a.abs().max() <= (n - 1)**0.5 * (1 + 1e-6)
-    assert standardize([0.] * (n - 1) + [scale * 1e9]).max() > 0.999 * (n - 1)**0.5
+        for a in (standardize(r), tracker.update(["x"], r[-1:])):
+            assert a.abs().max() <= (n - 1) ** 0.5 * (1 + 1e-6)
+    assert standardize([0.0] * (n - 1) + [scale * 1e9]).max() > 0.999 * (n - 1) ** 0.5
 
 
 @pytest.mark.parametrize("seen, own", [(0, False), (1, False), (2, True), (3, True)])
 def test_new_rewards_count_towards_min_count(seen, own):
     "With min_count 3, two of the prompt's rewards seen and one new make three."
-    tracker, past = PerPromptStatTracker(8, 3), [4., 8., 5.][:seen]
-    if past: tracker.update(["a"] * seen, past)
-    prompts, rewards = ["a", "b", "b", "b"], [6., 1., 2., 3.]
+    tracker, past = PerPromptStatTracker(8, 3), [4.0, 8.0, 5.0][:seen]
+    if past:
+        tracker.update(["a"] * seen, past)
+    prompts, rewards = ["a", "b", "b", "b"], [6.0, 1.0, 2.0, 3.0]
     a = tracker.update(prompts, rewards)
-    want = standardize(past + [6.])[-1] if own else standardize(rewards)[0]
+    want = standardize(past + [6.0])[-1] if own else standardize(rewards)[0]
     torch.testing.assert_close(a[0], want)
-    torch.testing.assert_close(a[1:], standardize([1., 2., 3.]))
+    torch.testing.assert_close(a[1:], standardize([1.0, 2.0, 3.0]))
 
 
 def test_more_new_rewards_than_the_buffer_holds():
     "Only the last ones make the statistics, and every reward is measured against those."
-    a = PerPromptStatTracker(2, 2).update(["x"] * 4, [100., 50., 1., 3.])
-    torch.testing.assert_close(a, torch.tensor([98., 48., -1., 1.]), rtol=1e-5, atol=0)
+    a = PerPromptStatTracker(2, 2).update(["x"] * 4, [100.0, 50.0, 1.0, 3.0])
+    torch.testing.assert_close(a, torch.tensor([98.0, 48.0, -1.0, 1.0]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("n_processes", [2, 3, 4])
 def test_copies_fed_the_gathered_rewards_agree_and_single_ones_do_not(n_processes):
     g = torch.Generator().manual_seed(0)
-    one, copies = PerPromptStatTracker(8, 2), [PerPromptStatTracker(8, 2) for _ in range(n_processes)]
-    lonely, apart = [PerPromptStatTracker(8, 2) for _ in range(n_processes)], 0.
+    one, copies = (
+        PerPromptStatTracker(8, 2),
+        [PerPromptStatTracker(8, 2) for _ in range(n_processes)],
+    )
+    lonely, apart = [PerPromptStatTracker(8, 2) for _ in range(n_processes)], 0.0
     for _ in range(4):
         prompts = [str(int(i)) for i in torch.randint(5, (12,), generator=g)]
         rewards = torch.rand(12, generator=g)
-        parts = [slice(k * 12 // n_processes, (k + 1) * 12 // n_processes) for k in range(n_processes)]
+        parts = [
+            slice(k * 12 // n_processes, (k + 1) * 12 // n_processes) for k in range(n_processes)
+        ]
         whole = one.update(prompts, rewards)
-        assert torch.equal(torch.cat([t.update(prompts, rewards)[p] for t, p in zip(copies, parts)]), whole)
-        apart = max(apart, (torch.cat([t.update(prompts[p], rewards[p]) for t, p in zip(lonely, parts)]) - whole).abs().max().item())
+        assert torch.equal(
+            torch.cat([t.update(prompts, rewards)[p] for t, p in zip(copies, parts)]), whole
+        )
+        apart = max(
+            apart,
+            (torch.cat([t.update(prompts[p], rewards[p]) for t, p in zip(lonely, parts)]) - whole)
+            .abs()
+            .max()
+            .item(),
+        )
     assert all(t.state_dict() == one.state_dict() for t in copies) and apart > 0.1
 
 
 def test_nearly_equal_rewards():
     "Below 1e-6 the guard beside the deviation damps the noise; equal rewards give exactly zero."
-    a = PerPromptStatTracker(4, 2).update(["x", "x", "y", "y"], [0.1, 0.1, 5., 5. + 1e-9])
+    a = PerPromptStatTracker(4, 2).update(["x", "x", "y", "y"], [0.1, 0.1, 5.0, 5.0 + 1e-9])
     assert (a[:2] == 0).all() and a[2:].abs().max() < 1e-3

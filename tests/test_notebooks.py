@@ -1,4 +1,9 @@
-"Every notebook: its stored outputs come from the code as it is, and it runs from a fresh kernel; the check sees planted faults."
+"""Every notebook's stored outputs come from the code as it is; the check sees planted faults.
+
+That every notebook runs is tested by nbmake: `pytest nbs` collects them, conftest.py at the root
+orders them.
+"""
+
 import os
 import shutil
 import subprocess
@@ -11,48 +16,134 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import notebooks as nbt  # noqa: E402
+import stale  # noqa: E402
 
 NOTEBOOKS = [pytest.param(p, id=p.stem) for p in nbt.notebooks()]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
 def test_stored_outputs(path):
-    found = nbt.faults(path)
-    assert not found, f"{path.name}: {'; '.join(found)}. Run: python tools/notebooks.py run {nbt.name(path)}"
+    messages = nbt.faults(path)
+    command = f"python tools/notebooks.py run {nbt.name(path)}"
+    assert not messages, f"{path.name}: {'; '.join(messages)}. Run: {command}"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS)
-def test_runs(path):
-    done = subprocess.run([sys.executable, ROOT / "tools/notebooks.py", "test", path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]
+# ---------------------------------------------------------------- what a source imports
 
 
-# ---------------------------------------------------------------- the tool itself, on a project of two notebooks
+SMALL = {
+    "__init__": '__version__ = "0.1.0"\n',
+    "lab": '"A docstring may name ddpo_scratch.plots."\nfrom .methods import base\n',
+    "named": "",
+    "plots": "",
+    "methods/__init__": "",
+    "methods/base": "import pkgutil\nfrom .. import named\n",
+    "methods/ppo": "from .base import Method\nfrom ..plots import line\n",
+    "trl/__init__": "from .config import Config\n",
+    "trl/config": 'REWARD = "ddpo_scratch.methods.ppo:PPO"\n',
+}
+
+
+@pytest.fixture
+def lib(tmp_path):
+    "A package whose folder `methods` is discovered at run time."
+    for name, source in SMALL.items():
+        path = tmp_path / "ddpo_scratch" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return tmp_path / "ddpo_scratch"
+
+
+def test_packages_count_where_they_hold_code(lib):
+    modules = ["lab", "methods.base", "methods.ppo", "named", "plots", "trl", "trl.config"]
+    assert stale.module_names(lib) == modules
+
+
+@pytest.mark.parametrize(
+    "module, arrows",
+    [
+        ("lab", {"methods.base"}),
+        ("methods.base", {"named"}),
+        ("methods.ppo", {"methods.base", "plots"}),
+        ("trl", {"trl.config"}),
+        ("trl.config", {"methods.ppo"}),
+    ],
+)
+def test_relative_imports_and_names_in_strings_are_arrows(lib, module, arrows):
+    source = stale.module_file(module, lib).read_text()
+    assert stale.imported(source, lib, module) == arrows
+
+
+@pytest.mark.parametrize(
+    "cell, module",
+    [
+        ("from ddpo_scratch import lab", "lab"),
+        ("def f():\n    import ddpo_scratch.methods.ppo as p", "methods.ppo"),
+        ("!python -m ddpo_scratch.plots --out x", "plots"),
+        ("%%bash\npython -c 'import ddpo_scratch.named'", "named"),
+        ("files = !ddpo_train --help", "lab"),
+    ],
+)
+def test_cells_name_modules_in_shell_lines_and_magics_too(lib, cell, module):
+    assert stale.cell_imports(cell, lib, {"ddpo_train": "lab"}) == {module}
+
+
+def test_a_folder_that_is_discovered_is_reached_as_a_whole(lib):
+    assert stale.reached({"lab"}, lib).keys() == {
+        *("lab", "named", "plots", "methods", "methods.base", "methods.ppo")
+    }
+
+
+# ---------------------------------------------------------------- the tool itself
+
+
+def notebook(path, *cells):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), path)
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    "A project with notebook 00 (exports `a`), 01 (imports it, shows a log) and the tool, all run."
+    "A project of two notebooks, both run: 01_a exports `a`, 02_b imports it and shows a log."
     root = tmp_path_factory.mktemp("small")
-    for f in ("settings.ini", "tools/notebooks.py", "ddpo_scratch/__init__.py"):
-        (root / f).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / f, root / f)
+    tools = ("tools/notebooks.py", "tools/stale.py")
+    for file in ("settings.ini", "conftest.py", "pytest.ini", *tools, "ddpo_scratch/__init__.py"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, root / file)
     (root / "experiments").mkdir()
     (root / "experiments/log.txt").write_text("3")
-    (root / "ddpo_scratch/tiny_model").mkdir()
-    (root / "ddpo_scratch/tiny_model/w.bin").write_bytes(b"0")
-    (root / "nbs").mkdir()
+    (root / "ddpo_scratch/presets").mkdir()
+    (root / "ddpo_scratch/presets/x.yaml").write_text("a: 0")
     md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
-    def write(name, *cells): nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), root / f"nbs/{name}.ipynb")
-    write("00_a", md("# A\n\n> first"), code("#| default_exp a"), code("#| export\ndef two(): return 2"), code("two()"))
-    write("01_b", md("# B\n\n> second"), code("from ddpo_scratch.a import two"), code("#| slow\n1/0"),
-          code("print(two())"), code('open("../experiments/log.txt").read()'))
-    assert tool(root, "run").returncode == 0 and tool(root, "export").returncode == 0
+    notebook(
+        root / "nbs/book/01_a.ipynb",
+        md("# A\n\n> first"),
+        code("#| default_exp rooms.a"),
+        code("#| export\ndef two():\n    return 2"),
+        code("two()"),
+    )
+    notebook(
+        root / "nbs/library/02_b.ipynb",
+        md("# B\n\n> second"),
+        code("from ddpo_scratch.rooms.a import two"),
+        code("#| slow\n1/0"),
+        code("print(two())"),
+        code('open("../../experiments/log.txt").read()'),
+    )
+    for command in ("run", "export"):
+        done = tool(root, command)
+        assert done.returncode == 0, done.stderr
     return root
 
 
-def tool(root, *args):
+def run(root, *command):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run([sys.executable, root / "tools/notebooks.py", *args], cwd=root, env=env, capture_output=True, text=True)
+    command = [sys.executable, *command]
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+
+
+def tool(root, *args):
+    return run(root, "tools/notebooks.py", *args)
 
 
 @pytest.fixture
@@ -69,39 +160,58 @@ def edit(path, old, new):
 def test_run_leaves_nothing_to_fault(project):
     assert tool(project, "check").returncode == 0
     assert tool(project, "export", "--check").returncode == 0
-    before = (project / "nbs/01_b.ipynb").read_bytes()
-    assert tool(project, "run", "nbs/01_b.ipynb").returncode == 0
-    assert (project / "nbs/01_b.ipynb").read_bytes() == before  # a second run makes no diff
+    before = (project / "nbs/library/02_b.ipynb").read_bytes()
+    assert tool(project, "run", "nbs/library/02_b.ipynb").returncode == 0
+    assert (
+        project / "nbs/library/02_b.ipynb"
+    ).read_bytes() == before  # a second run changes nothing
+    assert not tool(project, "run", "--stale").stdout
 
 
-@pytest.mark.parametrize("fault, said", [
-    (("nbs/01_b.ipynb", "print(two())", "print(1+two())"), "01_b.ipynb: its code cells changed"),
-    (("ddpo_scratch/a.py", "return 2", "return 3"), "01_b.ipynb: a module that it imports changed"),
-    (("experiments/log.txt", "3", "4"), "01_b.ipynb: shipped weights, assets or experiment files"),
-    (("ddpo_scratch/tiny_model/w.bin", "0", "1"), "00_a.ipynb: shipped weights, assets or experiment files"),
-    (("nbs/01_b.ipynb", '"2\\n"', '"5\\n"'), "01_b.ipynb: its outputs are not those of its last whole run"),
-    (("nbs/00_a.ipynb", '"execution_count": null', '"execution_count": 7'), "00_a.ipynb: not clean"),
-])
-def test_check_sees(project, fault, said):
-    file, old, new = fault
+A, B = "nbs/book/01_a.ipynb", "nbs/library/02_b.ipynb"
+DATA = "shipped weights, presets, assets or experiment files"
+
+
+@pytest.mark.parametrize(
+    "file, old, new, message",
+    [
+        (B, "print(two())", "print(1+two())", "02_b.ipynb: its code cells changed"),
+        ("ddpo_scratch/rooms/a.py", "return 2", "return 3", "02_b.ipynb: a module that it imports"),
+        ("experiments/log.txt", "3", "4", f"02_b.ipynb: {DATA}"),
+        ("ddpo_scratch/presets/x.yaml", "0", "1", f"01_a.ipynb: {DATA}"),
+        (B, '"2\\n"', '"5\\n"', "02_b.ipynb: its outputs are not those of its last whole run"),
+        (A, '"execution_count": null', '"execution_count": 7', "01_a.ipynb: not clean"),
+    ],
+)
+def test_check_sees(project, file, old, new, message):
     edit(project / file, old, new)
     done = tool(project, "check")
-    assert done.returncode == 1 and said in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and message in done.stdout, done.stdout + done.stderr
 
 
 def test_comments_in_a_module_make_nothing_stale(project):
-    edit(project / "ddpo_scratch/a.py", "def two()", "# a remark\ndef two()")
+    edit(project / "ddpo_scratch/rooms/a.py", "def two()", "# a remark\ndef two()")
     assert tool(project, "check").returncode == 0
     assert tool(project, "export", "--check").returncode == 1
 
 
 def test_module_without_notebook_is_reported(project):
-    (project / "ddpo_scratch/old.py").write_text("x = 1\n")
+    (project / "ddpo_scratch/rooms/old.py").write_text("x = 1\n")
     done = tool(project, "export", "--check")
-    assert done.returncode == 1 and "old.py: no notebook exports it" in done.stdout
+    assert done.returncode == 1 and "rooms/old.py: no notebook exports it" in done.stdout
+
+
+def test_a_failed_export_harms_nothing(project):
+    edit(project / A, "#| default_exp rooms.a", "#| default_exp")
+    before = (project / "ddpo_scratch/rooms/a.py").read_bytes()
+    assert tool(project, "export").returncode != 0
+    assert (project / "ddpo_scratch/rooms/a.py").read_bytes() == before
 
 
 def test_failing_cell_fails_the_test_and_names_the_notebook(project):
-    edit(project / "nbs/01_b.ipynb", "print(two())", "assert two() == 5")
-    done = tool(project, "test")
-    assert done.returncode == 1 and "FAILED nbs/01_b.ipynb" in done.stderr
+    pytest_alone = ("-m", "pytest", "-n", "0", "-q", "nbs")
+    done = run(project, *pytest_alone)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout  # without the slow cell
+    edit(project / B, "print(two())", "assert two() == 5")
+    done = run(project, *pytest_alone)
+    assert done.returncode == 1 and "FAILED nbs/library/02_b.ipynb" in done.stdout, done.stdout

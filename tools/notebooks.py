@@ -1,17 +1,31 @@
 #!/usr/bin/env python
-"""Notebooks: export them, run them, keep their outputs honest, make README.md from index.ipynb.
+"""Keep notebooks, package and README.md in step.
 
-    python tools/notebooks.py export [--check]              notebooks -> ddpo_scratch/*.py
-    python tools/notebooks.py run [--stale] [notebooks]     execute and store the outputs
-    python tools/notebooks.py test [notebooks]              execute, store nothing
-    python tools/notebooks.py check [notebooks]             are the stored outputs from the code as it is?
-    python tools/notebooks.py readme [--check]              nbs/index.ipynb -> README.md
+python tools/notebooks.py export [--check]               notebooks -> ddpo_scratch/**/*.py
+python tools/notebooks.py run [--stale] [notebook ...]   execute notebooks, store their outputs
+python tools/notebooks.py check [notebook ...]           are stored outputs up to date?
+python tools/notebooks.py readme [--check]               nbs/index.ipynb -> README.md
+
+`pytest nbs/book/05_ppo.ipynb` runs a notebook and stores nothing; `python tools/site.py` makes the
+documentation site.
 """
-import argparse, ast, base64, difflib, hashlib, json, os, re, shutil, subprocess, sys, tempfile, time
+
+import argparse
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
+import stale
+from stale import code_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 _ini = ConfigParser()
@@ -19,63 +33,87 @@ _ini.read(ROOT / "settings.ini", encoding="utf-8")
 CFG = _ini["DEFAULT"]
 NBS, LIB = ROOT / CFG["nbs_path"], ROOT / CFG["lib_path"]
 PKG = LIB.name
-INDEX = "_modidx.py"  # nbdev's list of names and pages: made for the site, not kept, as each notebook would change it
+INDEX = "_modidx.py"  # nbdev's list of names and pages; the site needs it, git does not keep it
 MAX_BYTES = 500_000  # of a notebook, outputs included
+SKIP = "skip-execution"  # the tag by which nbclient, and so nbmake, leaves a cell out
+# "ddpo_train=ddpo_scratch.cli:ddpo_train" -> {"ddpo_train": "cli"}
+COMMANDS = dict(re.findall(rf"(\w+)={PKG}\.([\w.]+):", CFG["console_scripts"]))
+
+
+def environment():
+    "Return what a kernel finds around it: this checkout first, and nothing that asks another host."
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    fixed = dict(PYTHONHASHSEED="0", PYTHONPATH=path)
+    defaults = dict(
+        HF_HUB_OFFLINE="1",
+        WANDB_MODE="disabled",
+        PYTHONWARNINGS="ignore:IProgress not found",  # tqdm asks for widgets, which nothing needs
+        JUPYTER_PREFER_ENV_PATH="1",  # this environment's kernel, not another of the same name
+    )
+    return {**defaults, **os.environ, **fixed}
 
 
 def notebooks(paths=()):
-    "The notebooks at `paths`, by default all of them, in reading order: index first."
+    "List the notebooks at `paths`, by default all of them, in the order of reading."
     if paths:
-        found = [Path(p).resolve() for p in paths]
-        if missing := [p for p in found if not p.is_file() or p.suffix != ".ipynb"]:
+        files = [Path(path).resolve() for path in paths]
+        if missing := [p for p in files if not p.is_file() or p.suffix != ".ipynb"]:
             sys.exit(f"not a notebook: {', '.join(map(str, missing))}")
-        return found
-    found = [p for p in NBS.rglob("*.ipynb") if not any(q[0] in "._" for q in p.relative_to(NBS).parts)]
-    return sorted(found, key=lambda p: (p.stem != "index", p.as_posix()))
+        return files
+    files = NBS.rglob("*.ipynb")
+    files = (p for p in files if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
+    return sorted(files, key=lambda p: (p.stem != "index", p.as_posix()))
 
 
-def name(path): return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+def name(path):
+    "Name a file by its path from the root."
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
-def read(path): return nbformat.read(path, as_version=4)
+def read(path):
+    return nbformat.read(path, as_version=4)
 
 
 def write(nb, path):
+    "Write a notebook, if that changes it."
     text = nbformat.writes(nb) + "\n"
-    if not path.exists() or path.read_text(encoding="utf-8") != text: path.write_text(text, encoding="utf-8")
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
-def code_cells(nb): return [c for c in nb.cells if c.cell_type == "code"]
+def directives(cell):
+    return [m[1].strip() for m in re.finditer(r"^[ \t]*#\|(.*)$", cell.source, re.M)]
 
 
-def directives(cell): return [m[1].strip() for m in re.finditer(r"^[ \t]*#\|(.*)$", cell.source, re.M)]
-
-
-def skipped(cell, also=()):
-    "Is this a cell that is not executed: `#| eval: false`, or flagged as in tst_flags (less those in `also`)?"
-    flags = set(CFG["tst_flags"].split()) - set(also)
+def skipped(cell):
+    "Say whether a cell is not executed: `#| eval: false`, or a flag of tst_flags (settings.ini)."
+    flags = CFG["tst_flags"].split()
     return any(d in flags or re.fullmatch(r"eval:\s*false", d, re.I) for d in directives(cell))
 
 
 # ---------------------------------------------------------------- clean form
 
+
 def tidy(nb):
-    "Bring `nb` to the one form that is committed: nbdev_clean's, with ids that follow from the cells' text."
+    "Bring `nb` to the form that is committed: nbdev_clean's, with ids that follow from the text."
     from nbdev.clean import clean_nb
+
     nb = nbformat.from_dict(nb)
-    for c in code_cells(nb):
-        for o in c.outputs:
-            o.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-            if "metadata" in o: o.metadata = {}
+    for cell in code_cells(nb):
+        for output in cell.outputs:
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+            if "metadata" in output:
+                output.metadata = {}
     clean_nb(nb, allowed_metadata_keys=CFG["allowed_metadata_keys"].split())
-    keep = {k: nb.metadata[k] for k in ("executed",) if k in nb.metadata}
-    nb.metadata = nbformat.from_dict(
-        {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}, **keep})
-    seen = {}
-    for c in nb.cells:
-        key = hashlib.sha256(c.source.encode()).hexdigest()[:8]
-        seen[key] = seen.get(key, 0) + 1
-        c.id = key if seen[key] == 1 else f"{key}-{seen[key]}"
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    kept = {k: v for k, v in nb.metadata.items() if k in CFG["allowed_metadata_keys"].split()}
+    nb.metadata = {"kernelspec": kernel, **kept}
+    times = {}
+    for cell in nb.cells:
+        key = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
+        times[key] = times.get(key, 0) + 1
+        cell.id = key if times[key] == 1 else f"{key}-{times[key]}"
+        cell.metadata = {"tags": [SKIP]} if cell.cell_type == "code" and skipped(cell) else {}
     nb.nbformat, nb.nbformat_minor = 4, 5
     return nbformat.from_dict(nb)
 
@@ -83,293 +121,285 @@ def tidy(nb):
 _bars = re.compile(r"\d+%\||\d(?:it|s)/(?:it|s)\b|\bit/s\b")  # what tqdm prints
 
 
+def _without_places(text):
+    for place, instead in ((f"{ROOT}/", ""), (f"{sys.prefix}/", ""), (f"{Path.home()}/", "~/")):
+        text = text.replace(place, instead)
+    return text
+
+
+def _scrub_stream(output):
+    lines = [line.rsplit("\r", 1)[-1] for line in _without_places(output.text).split("\n")]
+    if output.name == "stderr":
+        lines = [line for line in lines if not _bars.search(line)]
+    output.text = "\n".join(lines)
+
+
 def scrub(nb):
     "Remove from fresh outputs what differs between two runs or two machines: progress bars, paths."
-    places = [(str(ROOT) + "/", ""), (sys.prefix + "/", ""), (str(Path.home()) + "/", "~/")]
-    def clean(text):
-        for a, b in places: text = text.replace(a, b)
-        return text
-    for c in code_cells(nb):
-        for o in list(c.outputs):
-            if o.output_type == "stream":
-                lines = [l.rsplit("\r", 1)[-1] for l in clean(o.text).split("\n")]
-                o.text = "\n".join(l for l in lines if not (o.name == "stderr" and _bars.search(l)))
-                if not o.text.strip(): c.outputs.remove(o)
-            for k, v in o.get("data", {}).items():
-                if k.startswith("text/") and isinstance(v, str):
-                    o.data[k] = re.sub(r"\[\d\d:\d\d&lt;\d\d:\d\d[^\]]*\]", "", clean(v))
+    for cell in code_cells(nb):
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                _scrub_stream(output)
+            for kind, value in output.get("data", {}).items():
+                if kind.startswith("text/") and isinstance(value, str):
+                    value = _without_places(value)
+                    # fastprogress: [00:03<00:00 ...]
+                    output.data[kind] = re.sub(r"\[\d\d:\d\d&lt;\d\d:\d\d[^\]]*\]", "", value)
+        cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
     return nb
 
 
-# ---------------------------------------------------------------- what outputs depend on
-
-def digest(*parts):
-    h = hashlib.sha256()
-    for p in parts: h.update(p if isinstance(p, bytes) else str(p).encode()); h.update(b"\0")
-    return h.hexdigest()[:16]
-
-
-def python_text(source):
-    "Source without blank and comment lines: what cannot change a result."
-    return "\n".join(l for l in source.splitlines() if l.strip() and not l.lstrip().startswith("#"))
-
-
-def imported(source, package=""):
-    "Names of the project's modules that `source` imports, anywhere in it; `package` resolves relative imports."
-    found, text = set(), source
-    if not package:  # a cell: shell lines and magics may name modules and commands
-        found |= set(re.findall(rf"\b{PKG}\.([a-z]\w*)", source))
-        if re.search(r"\bddpo_(?:train|sample)\b", source): found.add("cli")
-        text = "\n".join(re.sub(r"\S.*", "pass", l) if re.match(r"\s*[%!]", l) else l for l in source.splitlines())
-    try: tree = ast.parse(text)
-    except SyntaxError:  # a cell magic: what the pattern found must do
-        if package: raise
-        return found
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            mod = f"{package}.{node.module or ''}".strip(".") if node.level else node.module or ""
-            if mod == PKG: found |= {a.name for a in node.names}
-            elif mod.startswith(PKG + "."): found.add(mod.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith(PKG + ".")}
-    return found
-
-
-def modules(nb):
-    "Every module of the project that the notebook's code reaches through imports."
-    todo, done = {m for c in code_cells(nb) for m in imported(c.source)}, {}
-    while todo:
-        m = todo.pop()
-        path = LIB / f"{m}.py"
-        if m in done or not path.is_file(): continue
-        done[m] = path.read_text(encoding="utf-8")
-        todo |= imported(python_text(done[m]), PKG)
-    return done
-
-
-def data_files(nb):
-    "Shipped weights and assets, and the files under experiments/ and benchmarks/ that the notebook's code names."
-    found = {p for d in ("tiny_model", "assets") for p in (LIB / d).rglob("*")}
-    for c in code_cells(nb):
-        for m in re.findall(r"\b(?:experiments|benchmarks)(?:/[\w.-]+)*", c.source):
-            p = ROOT / m
-            while not p.exists() and p != ROOT: p = p.parent
-            if p != ROOT: found |= set(p.rglob("*")) if p.is_dir() else {p}
-    return sorted(p for p in found if p.is_file() and "__pycache__" not in p.parts)
-
-
-def stamp(nb):
-    "Hashes of what the outputs come from, and of the outputs: kept in the notebook's metadata."
-    outputs = [c.outputs for c in code_cells(tidy(nb))]
-    return dict(cells=digest(*[c.source for c in code_cells(nb)]),
-                modules=digest(*[f"{m} {python_text(s)}" for m, s in sorted(modules(nb).items())]),
-                data=digest(*[x for p in data_files(nb) for x in (name(p), p.read_bytes())]),
-                outputs=digest(json.dumps(outputs, sort_keys=True)))
-
-
-WHY = dict(cells="its code cells changed since it was run", modules="a module that it imports changed since it was run",
-           data="shipped weights, assets or experiment files that it shows changed since it was run",
-           outputs="its outputs are not those of its last whole run")
-
-
 def faults(path):
-    "What is wrong with the stored notebook; nothing if it is as `run` left it and all it depends on is unchanged."
-    try: nb = read(path)
-    except Exception as e: return [f"not readable: {e}"]
-    found = []
-    if (size := path.stat().st_size) > MAX_BYTES: found.append(f"{size} bytes, more than {MAX_BYTES}")
-    if nbformat.writes(tidy(nb)) + "\n" != path.read_text(encoding="utf-8"):
-        found.append("not clean (execution counts, volatile metadata or foreign ids)")
-    if any(o.output_type == "error" for c in code_cells(nb) for o in c.outputs): found.append("stores an error output")
-    if not code_cells(nb): return found
-    if not (old := nb.metadata.get("executed")): return found + ["never run by this tool: no hashes stored"]
-    new = stamp(nb)
-    return found + [why for key, why in WHY.items() if old.get(key) != new[key]]
+    "Say what is wrong with a stored notebook; nothing if `run` would change nothing."
+    try:
+        nb = read(path)
+        clean = tidy(nb)
+    except Exception as e:
+        return [f"not readable: {e}"]
+    messages = []
+    if (size := path.stat().st_size) > MAX_BYTES:
+        messages.append(f"{size} bytes, more than {MAX_BYTES}")
+    if nbformat.writes(clean) + "\n" != path.read_text(encoding="utf-8"):
+        messages.append("not clean (execution counts, volatile metadata or foreign ids)")
+    if any(o.output_type == "error" for cell in code_cells(nb) for o in cell.outputs):
+        messages.append("stores an error output")
+    return messages + (stale.reasons(clean, LIB, COMMANDS) if code_cells(nb) else [])
+
+
+def check(paths):
+    "Report the faults of stored notebooks; return the number of notebooks that have any."
+    wrong = {path: messages for path in notebooks(paths) if (messages := faults(path))}
+    for path, messages in wrong.items():
+        for message in messages:
+            print(f"{name(path)}: {message}")
+    return len(wrong)
 
 
 # ---------------------------------------------------------------- execution
 
-def execute(nb, also=()):
-    "Run every cell of `nb` in order in a fresh kernel, in nbs/; raises CellExecutionError."
+
+def execute(path, also=()):
+    "Run a notebook in a fresh kernel in its own folder; store the clean outputs with their stamp."
     from nbclient import NotebookClient
 
-    class Client(NotebookClient):
-        async def async_execute_cell(self, cell, *args, **kwargs):
-            return cell if skipped(cell, also) else await super().async_execute_cell(cell, *args, **kwargs)
+    nb = tidy(read(path))
+    nb.metadata.pop("executed", None)
+    for cell in code_cells(nb):
+        if set(directives(cell)) & set(also):
+            cell.metadata = {}
+        if not cell.metadata:  # a cell that is left out keeps its outputs
+            cell.outputs = []
+    client = NotebookClient(
+        nb,
+        timeout=1800,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
+    )
+    client.execute()
+    nb = tidy(scrub(nb))
+    nb.metadata["executed"] = stale.stamp(nb, LIB, COMMANDS)
+    write(nb, path)
 
-    env = dict(os.environ, PYTHONHASHSEED="0", PYTHONPATH=os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    env.setdefault("HF_HUB_OFFLINE", "1")
-    env.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm asks for widgets that nothing here needs
-    env.setdefault("WANDB_MODE", "disabled")
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not another of the same name
-    client = Client(nb, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(NBS)}},
-                    record_timing=False, coalesce_streams=True,
-                    extra_arguments=["--IPKernelApp.log_level=40"])  # errors only
-    client.execute(env=env)
-    return nb
 
-
-def run(paths, store, also=(), only_stale=False):
-    "Execute notebooks one after another, each in a kernel of its own; returns the number that failed."
+def run(paths, also=(), only_stale=False):
+    "Execute notebooks one by one and store their outputs; return the number that failed."
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    os.environ.update(environment())
     failed, todo = 0, notebooks(paths)
-    if store:  # first the modules, as a notebook may show another's; their headers carry the cells' final ids
-        for path in todo: write(tidy(read(path)), path)
-        save(exported(todo))
     for path in todo:
-        if only_stale and not faults(path): continue
-        nb, start = tidy(read(path)), time.time()
-        if store:
-            nb.metadata.pop("executed", None)
-            for c in code_cells(nb):
-                if not skipped(c, also): c.outputs = []
+        write(tidy(read(path)), path)
+    save(exported(todo))  # the modules first, as one notebook may show another's
+    for path in todo:
+        if not code_cells(read(path)) or (only_stale and not faults(path)):
+            continue
+        start = time.time()
         try:
-            if code_cells(nb): execute(nb, also)
+            execute(path, also)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
             failed += 1
-            print(f"FAILED {name(path)} after {time.time() - start:.0f} s\n{e}", file=sys.stderr, flush=True)
-            continue
-        if store:
-            nb = tidy(scrub(nb))
-            if code_cells(nb): nb.metadata["executed"] = stamp(nb)
-            write(nb, path)
-        print(f"{'stored' if store else 'ran'} {name(path)} in {time.time() - start:.0f} s"
-              f" ({path.stat().st_size // 1000} kB)", flush=True)
+            seconds = f"{time.time() - start:.0f} s"
+            print(f"FAILED {name(path)} after {seconds}\n{e}", file=sys.stderr, flush=True)
+        else:
+            size = path.stat().st_size // 1000
+            print(f"stored {name(path)} in {time.time() - start:.0f} s ({size} kB)", flush=True)
     return failed
 
 
 # ---------------------------------------------------------------- export
 
-def exported(paths=()):
-    "What nbdev exports from the notebooks, made in a clean copy: {file in the package: text}."
+
+def modules(folder):
+    "Read the Python files of a package: {path in it: text}."
+    return {
+        p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8")
+        for p in folder.rglob("*.py")
+        if p.name != INDEX
+    }
+
+
+def exported(paths=(), index=False):
+    "Export notebooks in a copy, where a failure harms nothing: {path in the package: text}."
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        (tmp / PKG).mkdir()
-        shutil.copy(ROOT / "settings.ini", tmp)
-        shutil.copy(LIB / "__init__.py", tmp / PKG)
-        for p in notebooks(paths):
-            (dst := tmp / name(p)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(p, dst)
-        if not (tmp / NBS.name).exists(): return {}
-        code = "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"
-        env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp, env=env, capture_output=True, text=True)
-        if done.returncode: raise SystemExit(f"export failed\n{done.stdout}{done.stderr}")
-        return {p.relative_to(tmp / PKG).as_posix(): p.read_text(encoding="utf-8") for p in (tmp / PKG).rglob("*.py")}
+        inits = LIB.rglob("__init__.py")
+        for path in (ROOT / "settings.ini", *inits, *notebooks(paths)):
+            copy = tmp / name(path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        code = "from nbdev.doclinks import nbdev_export; nbdev_export()"
+        env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # nbdev exports nothing then
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp, env=env, capture_output=True, text=True
+        )
+        if done.returncode:
+            sys.exit(f"export failed\n{done.stdout}{done.stderr}")
+        files = modules(tmp / PKG)
+        if index:
+            files[INDEX] = (tmp / PKG / INDEX).read_text(encoding="utf-8")
+        return files
 
 
 def save(files):
-    for f, text in files.items():
-        if f == INDEX: continue
-        path = LIB / f
+    "Write {path in the package: text}, only what changes."
+    for file, text in files.items():
+        path = LIB / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.read_text(encoding="utf-8") != text: path.write_text(text, encoding="utf-8")
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
 
 
-def export(check):
-    "Export all notebooks; with `check` only compare. Returns the number of differences."
+def export(check=False):
+    "Export all notebooks, or only compare; return the number of modules that are wrong."
     if not check:
-        for p in notebooks(): write(tidy(read(p)), p)
-    fresh, wrong = exported(), 0
-    orphans = {p.relative_to(LIB).as_posix() for p in LIB.rglob("*.py")} - set(fresh)
-    fresh.pop(INDEX, None)
-    for f in sorted(orphans):
-        print(f"{PKG}/{f}: no notebook exports it")
-    if not check: save(fresh)
-    else:
-        for f, text in sorted(fresh.items()):
-            old = (LIB / f).read_text(encoding="utf-8") if (LIB / f).exists() else ""
-            if diff := list(difflib.unified_diff(old.splitlines(), text.splitlines(),
-                                                 f"{PKG}/{f}", "exported from its notebook", lineterm="", n=1)):
-                wrong += 1
-                print("\n".join(diff[:40]))
-    return wrong + len(orphans)
+        for path in notebooks():
+            write(tidy(read(path)), path)
+    old, new = modules(LIB), exported()
+    orphans = sorted(old.keys() - new.keys())
+    for file in orphans:
+        print(f"{PKG}/{file}: no notebook exports it")
+    if not check:
+        save(new)
+        return len(orphans)
+    differing = sorted(file for file, text in new.items() if old.get(file) != text)
+    for file in differing:
+        lines = (old.get(file, "").splitlines(), new[file].splitlines())
+        heads = (f"{PKG}/{file}", "exported from its notebook")
+        print("\n".join([*difflib.unified_diff(*lines, *heads, lineterm="", n=1)][:40]))
+    return len(differing) + len(orphans)
 
 
 # ---------------------------------------------------------------- README
 
-_link = re.compile(r"(!?\[[^\]]*\]\()(?!https?:|#|/|mailto:|data:)([^)\s]+)(\))|(<img[^>]*\bsrc=\")(?!https?:|/|data:)([^\"]+)(\")")
+PICTURES = f"{NBS.name}/images/readme-{{cell_index}}-{{index}}{{extension}}"
+README = """\
+{%- extends 'markdown/index.md.j2' -%}
+{%- block input -%}
+{%- if 'echo: false' not in cell.source %}
+
+```python
+{{ cell.source }}
+```
+{% endif -%}
+{%- endblock -%}
+{%- block stream -%}
+{%- if output.name == 'stdout' %}
+
+```
+{{ output.text.strip() }}
+```
+{% endif -%}
+{%- endblock -%}
+{%- block data_text %}
+
+```
+{{ output.data['text/plain'].strip() }}
+```
+{% endblock -%}
+{%- block data_png %}
+
+![]({{ output.metadata.filenames['image/png'] }})
+{% endblock -%}
+{%- block markdowncell %}
+
+{{ cell.source | from_root }}
+{% endblock -%}
+"""
 
 
-def _relink(m):
-    a, path, b = m.groups()[:3] if m[1] else m.groups()[3:]
-    return a + os.path.normpath(os.path.join(NBS.name, path)) + b
+def _outside_code(pattern, new, text):
+    parts = re.split(r"(^```.*?^```)", text, flags=re.M | re.S)
+    return "".join(p if k % 2 else re.sub(pattern, new, p) for k, p in enumerate(parts))
+
+
+def from_root(text):
+    "Let the links of Markdown text in nbs/ lead to the same files from the root."
+    link = r"(!?\[[^\]]*\]\(|<img[^>]*\bsrc=\")(?!https?:|#|/|mailto:|data:)([^)\s\"]+)"
+    return _outside_code(link, lambda m: m[1] + os.path.normpath(f"{NBS.name}/{m[2]}"), text)
 
 
 def readme_files():
-    "README.md and its pictures from nbs/index.ipynb: {path from the root: content}."
-    out, files = ["<!-- Made from nbs/index.ipynb by tools/notebooks.py readme: edit the notebook. -->"], {}
-    for c in read(NBS / "index.ipynb").cells:
-        ds = directives(c)
-        if c.cell_type == "markdown":
-            text = "\n".join(l for l in c.source.splitlines() if not l.startswith(":::"))
-            parts = re.split(r"(^```.*?^```)", text, flags=re.M | re.S)  # no links are rewritten in code
-            out.append("".join(p if i % 2 else _link.sub(_relink, p) for i, p in enumerate(parts)))
-        elif c.cell_type == "code" and not any(d in ("hide", "export", "exporti") or d.startswith("default_exp")
-                                               or re.fullmatch(r"include:\s*false", d) for d in ds):
-            source = re.sub(r"^[ \t]*#\|.*\n?", "", c.source, flags=re.M).strip()
-            if source and not any(re.fullmatch(r"echo:\s*false", d) for d in ds): out.append(f"```python\n{source}\n```")
-            for o in c.outputs:
-                data = o.get("data", {})
-                if o.output_type == "stream" and o.name == "stdout" and o.text.strip():
-                    out.append(f"```\n{o.text.strip()}\n```")
-                elif "image/png" in data:
-                    png = base64.b64decode(data["image/png"])
-                    file = f"{NBS.name}/images/readme-{sum(f.endswith('.png') for f in files) + 1}.png"
-                    files[file] = png
-                    out.append(f"![]({file})")
-                elif "text/markdown" in data: out.append(_link.sub(_relink, data["text/markdown"].strip()))
-                elif (text := data.get("text/plain", "").strip()) and not re.match(r"<|None$", text):
-                    out.append(f"```\n{text}\n```")
-    files["README.md"] = ("\n\n".join(s.strip("\n") for s in out if s.strip()) + "\n").encode()
-    return files
+    "Make README.md and its pictures of nbs/index.ipynb: {path from the root: content}."
+    from nbconvert import MarkdownExporter
+    from traitlets.config import Config
+
+    hidden = [r"#\|\s*(hide|export|default_exp|include: false)"]
+    config = dict(
+        ExtractOutputPreprocessor=dict(output_filename_template=PICTURES),
+        RegexRemovePreprocessor=dict(enabled=True, patterns=hidden),
+    )
+    exporter = MarkdownExporter(
+        raw_template=README, filters={"from_root": from_root}, config=Config(config)
+    )
+    text, resources = exporter.from_notebook_node(read(NBS / "index.ipynb"))
+    text = _outside_code(r"\n{3,}", "\n\n", text).strip()
+    head = "<!-- Made from nbs/index.ipynb by tools/notebooks.py readme: edit the notebook. -->"
+    return {"README.md": f"{head}\n\n{text}\n".encode(), **resources["outputs"]}
 
 
-def readme(check):
-    "Write README.md; with `check` only compare. Returns the number of files that differ."
-    wrong, files = 0, readme_files()
+def readme(check=False):
+    "Write README.md and its pictures, or only compare; return the number of files that differ."
+    files = readme_files()
     stray = [p for p in (NBS / "images").glob("readme-*.png") if name(p) not in files]
-    for f, content in files.items():
-        path = ROOT / f
-        if path.exists() and path.read_bytes() == content: continue
-        wrong += 1
-        if check: print(f"{f}: not what nbs/index.ipynb makes; run tools/notebooks.py readme")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-    for p in stray:
-        if check: print(f"{name(p)}: no longer in nbs/index.ipynb")
-        else: p.unlink()
-    return wrong + len(stray)
-
-
-def check(paths):
-    "Report faults of stored notebooks; returns the number of notebooks that have any."
-    wrong = 0
-    for path in notebooks(paths):
-        found = faults(path)
-        wrong += bool(found)
-        for f in found: print(f"{name(path)}: {f}")
-    return wrong
+    old = {file: (ROOT / file).read_bytes() for file in files if (ROOT / file).exists()}
+    differing = [file for file, content in files.items() if old.get(file) != content]
+    if check:
+        for file in [*differing, *map(name, stray)]:
+            print(f"{file}: not what nbs/index.ipynb makes; run tools/notebooks.py readme")
+        return len(differing) + len(stray)
+    for file in differing:
+        (ROOT / file).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / file).write_bytes(files[file])
+    for path in stray:
+        path.unlink()
+    return 0
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = parser.add_subparsers(dest="command", required=True)
-    for command in ("run", "test", "check"):
-        p = sub.add_parser(command)
-        p.add_argument("paths", nargs="*", help="notebooks; default: all")
-        if command != "check":
-            p.add_argument("--also", nargs="+", default=[], metavar="FLAG", help="run cells with these flags too: cuda slow notest")
-        if command == "run": p.add_argument("--stale", action="store_true", help="only the notebooks that `check` faults")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = {
+        command: commands.add_parser(command) for command in ("export", "run", "check", "readme")
+    }
+    for command in ("run", "check"):
+        add[command].add_argument("paths", nargs="*", help="notebooks; default: all")
     for command in ("export", "readme"):
-        sub.add_parser(command).add_argument("--check", action="store_true", help="change nothing, exit 1 on a difference")
-    a = parser.parse_args(argv)
-    if a.command in ("run", "test"): return bool(run(a.paths, a.command == "run", a.also, getattr(a, "stale", False)))
-    if a.command == "check": return bool(check(a.paths))
-    if a.command == "export": return bool(export(a.check)) and a.check
-    return bool(readme(a.check)) and a.check
+        add[command].add_argument("--check", action="store_true", help="only compare")
+    add["run"].add_argument("--stale", action="store_true", help="only those that `check` faults")
+    add["run"].add_argument(
+        "--also", nargs="+", default=[], metavar="FLAG", help="cells to run too: cuda slow notest"
+    )
+    args = parser.parse_args(argv)
+    if args.command == "run":
+        return bool(run(args.paths, args.also, args.stale))
+    if args.command == "check":
+        return bool(check(args.paths))
+    return bool((export if args.command == "export" else readme)(args.check))
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,116 +1,246 @@
 #!/usr/bin/env python
-"""Build the documentation site into _docs, one page a notebook, outputs as stored; needs PyPI alone, no Quarto.
+"""Build the documentation site into _docs, one page a notebook, outputs as stored, without Quarto.
 
     python tools/site.py [--out DIR]
 
-nbdev processes the notebooks (show_doc, hidden cells, links of names in backticks) and smalldocs renders them by
-nbs/_quarto.yml. The pages need no internet: links are relative, KaTeX is a copy, no web fonts.
+nbdev processes the notebooks (show_doc, hidden cells, links of names in backticks), and smalldocs
+renders them by nbs/_quarto.yml. The pages need no internet: links are relative, KaTeX is a copy,
+there are no web fonts. KaTeX comes from npm once and then from a cache; DDPO_KATEX names another
+folder with its `dist`.
 """
-import argparse, ast, os, re, shutil, subprocess, sys, tempfile
-from pathlib import Path
+
+import argparse
+import ast
+import base64
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
 import yaml
+from notebooks import CFG, INDEX, NBS, PKG, ROOT, exported, notebooks, read
 
-from notebooks import CFG, INDEX, NBS, PKG, ROOT, exported, notebooks
+CSS = ROOT / "tools/site.css"
+KATEX = "0.16.11"  # what smalldocs 0.5.4 loads
+# of the package on npm, as `npm view katex@0.16.11 dist.integrity` says
+KATEX_SHA512 = (
+    "RQrI8rlHY92OLf3rho/Ts8i/XvjgguEjOkO1BEXcU3N8BqPpSzBNwV/G0Ukr+P/l3ivvJUE/Fa/CwbS6HesGNQ=="
+)
+KATEX_FILES = ("katex.min.css", "katex.min.js", "contrib/auto-render.min.js", "fonts/*.woff2")
+CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/")
 
-VENDOR, CSS = ROOT / "tools/vendor/katex", ROOT / "tools/site.css"
-CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/(?:contrib/)?")
+
+def page(path):
+    "Name a notebook's page as nbdev links it: book/01_diffusion.ipynb -> book/diffusion.ipynb."
+    folder, _, file = path.rpartition("/")
+    return f"{folder}/".lstrip("/") + re.sub(r"^\d+[a-zA-Z0-9]*_", "", file.lower())
 
 
-def page(nb): return re.sub(r"^\d+[a-zA-Z0-9]*_", "", nb.lower())  # 00_diffusion.ipynb -> diffusion.ipynb, as nbdev links
+def source(path):
+    "Name a notebook by its path from nbs/."
+    return path.relative_to(NBS).as_posix()
+
+
+# ---------------------------------------------------------------- notebooks into pages
 
 
 def evaluated(cell):
-    "Is this a cell that show_doc needs run: exported, show_doc itself, or imports and nothing else?"
-    if cell.cell_type != "code" or not cell.source or not (tree := cell.parsed_()): return False
-    if cell.directives_.get("eval:", [""])[0].lower() == "false": return False
-    return bool(cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}
-                or all(isinstance(t, (ast.Import, ast.ImportFrom)) for t in tree)
-                or any(isinstance(t, ast.Expr) and isinstance(t.value, ast.Call)
-                       and getattr(t.value.func, "id", "") == "show_doc" for t in tree))
+    "Say whether show_doc needs a cell run: it exports, is show_doc itself, or holds only imports."
+    if cell.cell_type != "code" or not cell.source or not (tree := cell.parsed_()):
+        return False
+    if cell.directives_.get("eval:", [""])[0].lower() == "false":
+        return False
+    if cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}:
+        return True
+    calls = [t.value for t in tree if isinstance(t, ast.Expr) and isinstance(t.value, ast.Call)]
+    if any(getattr(call.func, "id", "") == "show_doc" for call in calls):
+        return True
+    return all(isinstance(t, (ast.Import, ast.ImportFrom)) for t in tree)
+
+
+def name_index():
+    "Return nbdev's index of this checkout's names: public ones; a method has its class's entry."
+    space = {}
+    exec(exported(index=True)[INDEX], space)
+    names = space["d"]["syms"]
+    for module, entries in names.items():
+        public = (k for k in entries if not k.rpartition(".")[2].startswith("_"))
+        names[module] = {k: entries.get(k.rpartition(".")[0], entries[k]) for k in public}
+    return SimpleNamespace(name=PKG, dist=SimpleNamespace(name=PKG), load=lambda: space["d"])
 
 
 def process(folder):
     "Write what nbdev makes of each notebook for the documentation into `folder`."
-    import nbdev.doclinks, nbdev.processors
+    import nbdev.doclinks
+    import nbdev.processors
     from execnb.nbio import mk_cell, read_nb, write_nb
-    from nbdev.processors import FilterDefaults
-    space = {}
-    exec(exported().get(INDEX, "d = dict(syms={}, settings={})"), space)
-    space["d"]["syms"] = {m: {k: v for k, v in names.items() if not k.rpartition(".")[2].startswith("_")}  # private names have no entry to link to
-                          for m, names in space["d"]["syms"].items()}
-    index = SimpleNamespace(name=PKG, dist=SimpleNamespace(name=PKG), load=lambda: space["d"])
+
+    index = name_index()
     nbdev.doclinks.entry_points = lambda group: [index]  # of this checkout, installed or not
     nbdev.processors._do_eval = evaluated
     os.environ["IN_TEST"] = "1"
     sys.path.insert(0, str(ROOT))
-    os.chdir(NBS)
     for path in notebooks():
+        os.chdir(path.parent)
         nb = read_nb(path)
-        for c in nb.cells:
-            if c.cell_type == "markdown":
-                c.source = re.sub(r"(\]\(|href=[\"'])([\w-]+\.ipynb)", lambda m: m[1] + page(m[2]), c.source)
-        nb.cells.append(mk_cell("<!-- end -->", "markdown"))  # nbdev looks at the cell after each exported one
-        try: FilterDefaults()(nb)
-        except Exception as e: raise SystemExit(f"{path.name}: {type(e).__name__}: {e}") from e
-        for c in nb.cells: localise_cell(c)
-        write_nb(nb, folder / page(path.name))
+        # nbdev looks at the cell after each exported one
+        nb.cells.append(mk_cell("<!-- end -->", "markdown"))
+        try:
+            nbdev.processors.FilterDefaults()(nb)
+        except Exception as e:
+            raise SystemExit(f"{source(path)}: {type(e).__name__}: {e}") from e
+        target = folder / page(source(path))
+        for cell in nb.cells:
+            localise_cell(cell, "../" * (len(target.relative_to(folder).parts) - 1))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_nb(nb, target)
 
 
-def localise_cell(cell):
-    "Make nbdev's links to the project's own pages relative; without a repository drop the links to its source."
+def mend(text, up):
+    "Make links relative, name pages by their pages' names, drop links to a source that is nowhere."
     base = re.escape(f"{CFG['doc_host']}{CFG['doc_baseurl']}".rstrip("/"))
-    def mend(text):
-        text = re.sub(rf"(\]\(|href=\"){base}/+", r"\1", text)
-        if not CFG["git_url"]: text = re.sub(r"<a\b[^>]*>\s*source\s*</a>|\[source\]\([^)]*\)(\{[^}]*\})?", "", text)
-        return re.sub(r"(?m)^output-file: .*\n", "", text)
-    if cell.cell_type != "code": cell.source = mend(cell.source)
-    for o in cell.get("outputs", []):
-        for kind, text in o.get("data", {}).items():
+    text = re.sub(rf"(\]\(|href=\"){base}/+", rf"\1{up}", text)
+    text = re.sub(
+        r"(\]\(|href=[\"'])((?:[\w.-]+/)*[\w-]+\.ipynb)", lambda m: m[1] + page(m[2]), text
+    )
+    if not CFG["git_url"]:
+        text = re.sub(r"<a\b[^>]*>\s*source\s*</a>|\[source\]\([^)]*\)(\{[^}]*\})?", "", text)
+    return re.sub(r"(?m)^output-file: .*\n", "", text)
+
+
+def localise_cell(cell, up):
+    "Mend the links of a cell and of its outputs; `up` leads from its page to the site's root."
+    if cell.cell_type != "code":
+        cell.source = mend(cell.source, up)
+    for output in cell.get("outputs", []):
+        for kind, text in output.get("data", {}).items():
             if kind in ("text/markdown", "text/html"):
-                o["data"][kind] = mend(text if isinstance(text, str) else "".join(text))
+                text = text if isinstance(text, str) else "".join(text)
+                output["data"][kind] = mend(text, up)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def entry(path):
+    "Return a notebook's line in the sidebar: its number and its title."
+    title = read(NBS / path).cells[0].source.splitlines()[0].lstrip("# ")
+    number = re.match(r"\d*", PurePosixPath(path).name)[0]
+    return {"text": f"{number} {title}".strip(), "href": page(path)}
+
+
+def sidebar(items):
+    "Keep of the sidebar's lines those whose notebook exists, under their pages' names."
+    for item in items:
+        if isinstance(item, dict) and "href" in item:
+            yield item
+        elif isinstance(item, dict):
+            if contents := list(sidebar(item["contents"])):
+                yield {**item, "contents": contents}
+        elif (NBS / item).exists():
+            yield entry(item)
 
 
 def configure(folder):
-    "Copy the Quarto configuration into `folder`; the sidebar lists the notebooks that exist, under their pages' names."
-    for p in NBS.glob("*.yml"): shutil.copy(p, folder)
+    "Copy the Quarto configuration, the sidebar, the styles and the pictures into `folder`."
+    for path in NBS.glob("*.yml"):
+        shutil.copy(path, folder)
     quarto = yaml.safe_load((NBS / "_quarto.yml").read_text(encoding="utf-8"))
-    quarto["format"] = {"html": {k: v for k, v in quarto["format"]["html"].items() if k != "keep-md"}}  # Quarto's alone
-    (folder / "_quarto.yml").write_text(yaml.safe_dump(quarto, sort_keys=False), encoding="utf-8")
-    def pages(items):
-        for item in items:
-            if isinstance(item, str):
-                if (folder / page(item)).exists(): yield page(item)
-            elif "href" in item: yield item
-            elif inner := list(pages(item["contents"])): yield {**item, "contents": inner}
+    html = quarto["format"]["html"]
+    quarto["format"] = {"html": {k: v for k, v in html.items() if k != "keep-md"}}  # Quarto's alone
     side = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))
     bar = side["website"]["sidebar"]
-    bar["contents"] = list(pages(bar["contents"]))
-    (folder / "sidebar.yml").write_text(yaml.safe_dump(side, sort_keys=False), encoding="utf-8")
-    (folder / "styles.css").write_text((NBS / "styles.css").read_text() + CSS.read_text(), encoding="utf-8")
-    if (NBS / "images").is_dir(): shutil.copytree(NBS / "images", folder / "images")
+    bar["contents"] = list(sidebar(bar["contents"]))
+    for file, content in (("_quarto.yml", quarto), ("sidebar.yml", side)):
+        (folder / file).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    styles = (NBS / "styles.css").read_text(encoding="utf-8") + CSS.read_text(encoding="utf-8")
+    (folder / "styles.css").write_text(styles, encoding="utf-8")
+    if (NBS / "images").is_dir():
+        shutil.copytree(NBS / "images", folder / "images")
+
+
+# ---------------------------------------------------------------- KaTeX
+
+
+def fetch_katex(folder):
+    "Fetch KaTeX from npm into `folder`, or exit with what to do."
+    way_out = "or name a folder with KaTeX's `dist` in DDPO_KATEX"
+    if not (npm := shutil.which("npm")):
+        sys.exit(
+            f"The site needs KaTeX {KATEX}, which is not at {folder}, and npm, which would fetch"
+            f" it, is not here: install npm (Debian: apt-get install npm), {way_out}."
+        )
+    with tempfile.TemporaryDirectory() as tmp:
+        pack = [npm, "pack", f"katex@{KATEX}", "--silent", "--pack-destination", tmp]
+        done = subprocess.run(pack, capture_output=True, text=True)
+        archive = Path(tmp) / f"katex-{KATEX}.tgz"
+        if done.returncode or not archive.exists():
+            sys.exit(f"npm did not fetch KaTeX {KATEX}: try again, {way_out}.\n{done.stderr}")
+        digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+        if digest != KATEX_SHA512:
+            sys.exit(f"npm's KaTeX {KATEX} has the SHA-512 {digest}, not {KATEX_SHA512}.")
+        with tarfile.open(archive) as tar:
+            tar.extractall(tmp, filter="data")
+        # moved at once, so that a folder that exists is whole
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent)) / "dist"
+        shutil.copytree(Path(tmp) / "package/dist", part)
+        shutil.copy(Path(tmp) / "package/LICENSE", part)
+        if not folder.exists():
+            part.rename(folder)
+        shutil.rmtree(part.parent)
+
+
+def katex():
+    "Return the folder of KaTeX's `dist`: DDPO_KATEX, or a cache that npm fills once."
+    if given := os.environ.get("DDPO_KATEX"):
+        missing = [f for f in KATEX_FILES if not list(Path(given).glob(f))]
+        if missing:
+            sys.exit(f"DDPO_KATEX: {given} has no {', '.join(missing)}.")
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / PKG / f"katex-{KATEX}"
+    if not folder.exists():
+        fetch_katex(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- the site
 
 
 def localise(out):
-    "Make the rendered site need no other host: KaTeX from its copy, no web fonts, links relative."
-    shutil.copytree(VENDOR, out / "site_libs/katex")
-    for p in out.rglob("*.css"):
-        text = p.read_text(encoding="utf-8")
-        new = re.sub(r"@import\s+(?:url\([^)]*\)|\"[^\"]*\"|'[^']*')[^;]*;", "", text)
-        if new != text: p.write_text(new, encoding="utf-8")
-    for p in out.rglob("*.html"):
-        up = "../" * (len(p.relative_to(out).parts) - 1)
-        p.write_text(CDN.sub(f"{up}site_libs/katex/", p.read_text(encoding="utf-8")), encoding="utf-8")
+    "Make the rendered site need no other host: KaTeX from its copy, no web fonts."
+    dist = katex()
+    for file in (f for pattern in (*KATEX_FILES, "LICENSE") for f in dist.glob(pattern)):
+        copy = out / "site_libs/katex" / file.relative_to(dist)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    for path in out.rglob("*.css"):
+        text = path.read_text(encoding="utf-8")
+        font = r"@import\s+(?:url\([^)]*\)|\"[^\"]*\"|'[^']*')[^;]*;"
+        path.write_text(re.sub(font, "", text), encoding="utf-8")
+    for path in out.rglob("*.html"):
+        up = "../" * (len(path.relative_to(out).parts) - 1)
+        text = path.read_text(encoding="utf-8")
+        path.write_text(CDN.sub(f"{up}site_libs/katex/", text), encoding="utf-8")
 
 
 def build(out):
+    "Build the site into the folder `out`, which it replaces."
     out = Path(out).resolve()
+    katex()  # before minutes are spent
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         process(folder)
         configure(folder)
-        subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(folder), "--quiet"], check=True)
+        render = [sys.executable, "-m", "smalldocs.cli", "render", str(folder), "--quiet"]
+        subprocess.run(render, check=True)
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(folder / CFG["doc_path"], out)
     localise(out)
@@ -118,6 +248,8 @@ def build(out):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=ROOT / CFG["doc_path"], help="folder for the site, replaced")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default=ROOT / CFG["doc_path"], help="folder, which is replaced")
     build(parser.parse_args().out)

@@ -1,0 +1,44 @@
+"Small runs that several test files share."
+
+from ddpo_scratch.config import TrainConfig
+from ddpo_scratch.runlog import read_metrics
+from ddpo_scratch.setup import setup
+from ddpo_scratch.train import train
+
+SMALL = dict(
+    sample_num_steps=5,
+    sample_batch_size=8,
+    sample_num_batches_per_epoch=1,
+    train_batch_size=4,
+    num_epochs=2,
+    eval_num_images=0,
+    stop_gain=0.0,
+    lora_rank=2,
+    lora_alpha=2,
+)
+
+
+def small(tmp_path, **fields):
+    "Configure a run of 8 pictures at 5 steps in a folder of its own."
+    return TrainConfig(**SMALL | dict(logdir=str(tmp_path)) | fields)
+
+
+def numbers(folder):
+    "Read every number of a run's rows but its seconds."
+    rows = read_metrics(folder)
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def trained(config, **parts):
+    "Train to the end."
+    state = setup(config, **parts)
+    for _ in train(state=state):
+        pass
+    return state
+
+
+def leave_in(config, epoch, **parts):
+    "Train, and leave the loop in the middle of an epoch."
+    for step in train(config, **parts):
+        if step.epoch == epoch:
+            return
