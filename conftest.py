@@ -24,7 +24,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 def pytest_collection_modifyitems(items):
     "Sort the tests, and let one worker run each file, each notebook and each long test as a whole."
-    long = ("test_numbers_are_as_they_were[", "test_sharded_full_fine_tuning")
+    long = ("test_numbers_are_as_they_were[", "test_shards_make_the_updates")
     items.sort(key=lambda item: ORDER.get(item.path.name, ORDER.get(item.path.suffix, 3)))
     for item in items:
         alone = item.name.startswith(long)

@@ -6,9 +6,10 @@
 __all__ = ['widen', 'Path', 'Schedule', 'add_noise', 'prediction_target', 'pred_x0', 'pred_eps', 'ddim_mean_std', 'DDIM',
            'Conditioning', 'Denoiser', 'GaussianDenoiser', 'eps_loss']
 
-# %% ../nbs/book/01_diffusion.ipynb #86dd5b1c
+# %% ../nbs/book/01_diffusion.ipynb #de2ab2bc
 import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -349,7 +350,7 @@ class Conditioning:
             moved[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
         return Conditioning(**moved)
 
-# %% ../nbs/book/01_diffusion.ipynb #bc1799fc
+# %% ../nbs/book/01_diffusion.ipynb #c5360d18
 class Denoiser(torch.nn.Module):
     "State what a model must offer to be sampled, replayed and trained in this book."
 
@@ -407,13 +408,17 @@ class Denoiser(torch.nn.Module):
         "Write what was trained in the family's own format; weights may be a gathered state dict."
         raise NotImplementedError
 
+    def denoising_loss(self, x0, eps, t, c) -> Tensor:  # (b,)
+        "Measure how well the noise of each sample is seen through: `eps_loss`."
+        return eps_loss(self, x0, eps, t, c)
+
     def eps(self, x_t, t, c) -> Tensor:  # (b, ...)
         "Predict the noise, whatever the network predicts."
         return self.path.x0_eps(x_t, self(x_t, t, c), t)[1]
 
     @property
-    def device(self):
-        "Where the parameters are."
+    def device(self) -> torch.device:  # of the parameters
+        "Where the model is."
         return next(self.parameters()).device
 
 # %% ../nbs/book/01_diffusion.ipynb #c6d7b476
@@ -429,7 +434,7 @@ def _as_pictures(x0):
     x0 = widen(x0) if x0.dim() == 4 else widen(x0).reshape(len(x0), 1, 1, -1)
     return (x0[:, [i % x0.shape[1] for i in range(3)]] / 2 + 0.5).clamp(0, 1)
 
-# %% ../nbs/book/01_diffusion.ipynb #3845c40e
+# %% ../nbs/book/01_diffusion.ipynb #6b7c47b3
 class GaussianDenoiser(Denoiser):
     "Denoise data ~ N(mu, s^2 I) perfectly: every answer is known in closed form."
 
@@ -459,7 +464,7 @@ class GaussianDenoiser(Denoiser):
         return _as_pictures(x0)
 
     @contextlib.contextmanager
-    def reference(self):
+    def reference(self) -> Iterator:  # of the model
         "Put the first mu back while inside."
         trained, self.mu.data = self.mu.data, self.mu_base
         try:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# %% ../nbs/library/30_engine.ipynb #9e4de98e
+# %% ../nbs/library/30_engine.ipynb #e9629b76
 class Engine:
     "Train in one process, or in many that hold whole copies of the network (DDP)."
 
@@ -161,7 +161,7 @@ class ShardedEngine(Engine):
         "Read what save_shards wrote."
         self.accelerator.load_state(str(folder))
 
-# %% ../nbs/library/30_engine.ipynb #8174f28d
+# %% ../nbs/library/30_engine.ipynb #d9292b0a
 class FSDPEngine(ShardedEngine):
     "Shard the weights too (PyTorch's fully sharded data parallel, version 2)."
 
@@ -200,7 +200,7 @@ class FSDPEngine(ShardedEngine):
         "Gather the network's state dict from the shards of all processes."
         return self.accelerator.get_state_dict(network)
 
-# %% ../nbs/library/30_engine.ipynb #2dd12356
+# %% ../nbs/library/30_engine.ipynb #a4680aff
 class ZeRO2Engine(ShardedEngine):
     "Shard gradients and the optimizer's states (DeepSpeed ZeRO stage 2)."
 

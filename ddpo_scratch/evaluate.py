@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['spread_prompts', 'fixed_seed_images', 'plot_grid', 'before_after', 'summarize', 'reward_curve']
 
-# %% ../nbs/library/32_evaluate.ipynb #8c1a3b95
+# %% ../nbs/library/32_evaluate.ipynb #0f9ff072
 import textwrap
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from torch import Tensor
 from .rollout import generator_for, sample
 
 # importing matplotlib takes half a second: the functions that draw do it themselves
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../nbs/library/32_evaluate.ipynb #052f3c3d
 def spread_prompts(
@@ -67,14 +64,14 @@ def _wrapped(titles, inches):
     lines = [[textwrap.fill(line, width) for line in title.split("\n")] for title in titles]
     return ["\n".join(parts) for parts in lines]
 
-# %% ../nbs/library/32_evaluate.ipynb #626d9160
+# %% ../nbs/library/32_evaluate.ipynb #b13e34a6
 def plot_grid(
     images,  # (n, 3, h, w) in [0, 1]
     titles=None,  # n strings, wrapped at the width of a picture
     n_cols=8,  # pictures a row
     size=1.3,  # inches a picture; more in a grid of few columns
     row_labels=None,  # a string for each row
-) -> "Figure":  # of 720 pixels' width or more
+) -> object:  # matplotlib Figure, of 720 pixels' width or more
     "Draw pictures in a grid, under their titles."
     from matplotlib.figure import Figure
 
@@ -96,14 +93,14 @@ def plot_grid(
         ax.set_ylabel(label, fontsize=9)
     return fig
 
-# %% ../nbs/library/32_evaluate.ipynb #ae8701da
+# %% ../nbs/library/32_evaluate.ipynb #099d5543
 def before_after(
     before,  # (n, 3, h, w) pictures in [0, 1]
     after,  # (n, 3, h, w) of the same prompts and seeds
     titles=None,  # n prompts
     n_cols=8,  # pictures a row
     row_labels=("before", "after"),  # of the two rows of a pair
-) -> "Figure":  # a grid with twice the rows
+) -> object:  # matplotlib Figure, a grid with twice the rows
     "Draw pairs of rows: before above, after below."
     if before.shape != after.shape:
         raise ValueError(
@@ -141,11 +138,11 @@ def summarize(
         summary["accuracy"] = right / len(names)
     return summary
 
-# %% ../nbs/library/32_evaluate.ipynb #2285af3d
+# %% ../nbs/library/32_evaluate.ipynb #64c8e49a
 def reward_curve(
     rows,  # dicts with reward_queries, reward_mean and reward_std, as `read_metrics` returns them
     label="reward",  # of the vertical axis
-) -> "Figure":  # one panel
+) -> object:  # matplotlib Figure, one panel
     "Draw the mean reward of each epoch's samples, a standard deviation about it, and fixed seeds."
     from matplotlib.figure import Figure
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ToyDenoiser', 'toy_reward', 'expected_reward', 'exact_gradient', 'per_batch', 'estimates', 'Summary', 'summary']
 
-# %% ../nbs/book/04_lab.ipynb #b0d4a5b6
+# %% ../nbs/book/04_lab.ipynb #3bf90221
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .diffusion import Conditioning, Denoiser, Schedule
 
-# %% ../nbs/book/04_lab.ipynb #5cafe6c0
+# %% ../nbs/book/04_lab.ipynb #7d6c836e
 def _toy_schedule():
     "Make four timesteps, all of them noisy, the last step included."
     return Schedule(torch.tensor([0.9, 0.6, 0.3, 0.05], dtype=torch.float64), abar_final=0.98)
@@ -57,7 +58,7 @@ class ToyDenoiser(Denoiser):
         return (x0[:, None, None].expand(-1, 3, -1, -1) / 2 + 0.5).clamp(0, 1)
 
     @contextlib.contextmanager
-    def reference(self):
+    def reference(self) -> Iterator:  # of the model
         "Put the first weights back while inside."
         trained, self.theta.data = self.theta.data, self.theta_base
         try:
@@ -108,7 +109,7 @@ def expected_reward(
         )
     return _chain([toy.theta[0].double() for toy in toys], toys[0].path, n_steps, eta, target)
 
-# %% ../nbs/book/04_lab.ipynb #85b3ca76
+# %% ../nbs/book/04_lab.ipynb #b3f19b74
 def exact_gradient(
     toy,  # ToyDenoiser of one copy
     n_steps,  # int

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['gauge_curves', 'diagnose', 'model_card', 'write_report', 'check_hub', 'push_report']
 
-# %% ../nbs/library/36_report.ipynb #5131c4fd
+# %% ../nbs/library/36_report.ipynb #24e71657
 import dataclasses
 import json
 import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +19,6 @@ from .evaluate import before_after, plot_grid, reward_curve, summarize
 from .runlog import read_metrics, record_environment
 
 # importing these takes a while: the functions that need them do it themselves
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
-    from matplotlib.figure import Figure
 
 # %% ../nbs/library/36_report.ipynb #76b4f29c
 _PANELS = dict(
@@ -57,10 +53,10 @@ def _panel(ax, rows, key):
     ax.tick_params(labelsize=9)
     ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/library/36_report.ipynb #8f760c7d
+# %% ../nbs/library/36_report.ipynb #35e53d7c
 def gauge_curves(
     rows,  # dicts, as `read_metrics` returns them
-) -> "Figure":  # a panel for each gauge
+) -> object:  # matplotlib Figure, a panel for each gauge
     "Draw every gauge that the rows have against the epoch."
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -312,12 +308,12 @@ def _save_animation(evaluations, path):
     options = dict(append_images=frames[1:], duration=600, loop=0)  # ms a frame, for ever
     frames[0].save(path, save_all=True, **options)
 
-# %% ../nbs/library/36_report.ipynb #f464b79b
+# %% ../nbs/library/36_report.ipynb #0344de4d
 def model_card(
     title,  # heading of the page
     parts,  # paragraphs and sections in markdown, in their order; empty ones are left out
     head,  # dict of fields of huggingface_hub's ModelCardData: tags, base_model, license, ...
-) -> "ModelCard":  # its `save(path)` writes it
+) -> object:  # huggingface_hub ModelCard; its `save(path)` writes it
     "Put a model card together: a head for the hub, parts for people."
     from huggingface_hub import ModelCard, ModelCardData
 

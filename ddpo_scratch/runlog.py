@@ -72,7 +72,7 @@ def _commit(folder):
     changes = _git(folder, "status", "--porcelain", "--", ".")
     return _git(folder, "rev-parse", "HEAD") + ("+changes" if changes else "")
 
-# %% ../nbs/library/33_runlog.ipynb #d75238ee
+# %% ../nbs/library/33_runlog.ipynb #43ca49eb
 def _version(package):
     "Look up the version of a package that can be imported."
     try:

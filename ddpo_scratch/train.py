@@ -455,18 +455,21 @@ def _epoch(state, progress):
         state.log.row(step.metrics)
     yield step
 
-# %% ../nbs/library/35_train.ipynb #8fcd13d0
+# %% ../nbs/library/35_train.ipynb #71c5771f
 @contextlib.contextmanager
 def _nothing_lost(state):
     "Yield a function that saves a finished epoch, or keeps it to be saved if the loop breaks off."
     kept = {}
 
     def keep(due):
-        kept.clear()
+        files = {}
         if due:
             save_checkpoint(state)
         elif state.engine.is_main and not state.engine.sharded:
-            kept[state.epoch] = snapshot(state)
+            files[state.epoch] = snapshot(state)
+        # only now: a stop while this epoch is copied or saved must still find the one before
+        kept.clear()
+        kept.update(files)
 
     try:
         yield keep

@@ -1,5 +1,6 @@
 "Schedules, random streams and the embedded model, for tests of several rooms."
 
+import numpy as np
 import torch
 
 from ddpo_scratch.diffusion import Schedule
@@ -42,3 +43,17 @@ def with_lora(dtype=torch.float32):
         for i, p in enumerate(params):
             p += 0.05 * torch.randn(p.shape, generator=generator_for(i)).to(dtype)
     return denoiser, params
+
+
+def of_all_types(numbers):
+    "Return integers as everything that rewards may come as."
+    dtypes = (torch.int32, torch.float16, torch.bfloat16, torch.float32)
+    tensors = [torch.tensor(numbers, dtype=dtype) for dtype in dtypes]
+    tensors.append(torch.tensor(numbers, dtype=torch.float32, requires_grad=True))
+    return [list(numbers), np.array(numbers), *tensors]
+
+
+def type_name(rewards):
+    "Name a case of a test after the type of its rewards."
+    dtype = getattr(rewards, "dtype", "")
+    return f"{type(rewards).__name__} {dtype} {getattr(rewards, 'requires_grad', '')}".strip()

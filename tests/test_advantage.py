@@ -1,69 +1,53 @@
-"What would bore a reader of 08: types, order, rollover against a slow reference, state, bad input."
+"Advantages: types, order, rollover against a slow reference, state, bad input."
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from samples import of_all_types, randn, type_name
+from torch.testing import assert_close
 
-from ddpo_scratch.advantage import PerPromptStatTracker, standardize
+from ddpo_scratch.advantage import PerPromptStatTracker, as_rewards, standardize
 
 
 def slow(history, prompts, rewards, buffer_size, min_count):
-    "The tracker in plain numpy, one prompt at a time."
-    out = []
-    for p, r in zip(prompts, rewards):
-        history.setdefault(p, []).append(r)
-    for p, r in zip(prompts, rewards):
-        own = np.array(history[p][-buffer_size:], dtype=np.float64)
+    "Track in plain numpy, one prompt at a time."
+    advantages = []
+    for prompt, reward in zip(prompts, rewards):
+        history.setdefault(prompt, []).append(reward)
+    for prompt, reward in zip(prompts, rewards):
+        own = np.array(history[prompt][-buffer_size:], dtype=np.float64)
         if len(own) < min_count:
             own = np.array(rewards, dtype=np.float64)
-        out.append((r - own.mean()) / (own.std() + 1e-6))
-    return np.array(out)
+        advantages.append((reward - own.mean()) / (own.std() + 1e-6))
+    return np.array(advantages)
 
 
 @pytest.mark.parametrize("buffer_size, min_count", [(4, 1), (4, 4), (8, 3), (32, 16)])
 def test_tracker_against_a_slow_reference(buffer_size, min_count):
-    rng, tracker, history = (
-        np.random.default_rng(0),
-        PerPromptStatTracker(buffer_size, min_count),
-        {},
-    )
+    tracker, history = PerPromptStatTracker(buffer_size, min_count), {}
+    rng = np.random.default_rng(0)
     for _ in range(12):
         prompts, rewards = list(rng.choice(["a", "b", "c", "d"], 9)), rng.normal(3, 2, 9)
-        got, want = (
-            tracker.update(prompts, rewards),
-            slow(history, prompts, rewards, buffer_size, min_count),
-        )
-        np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-5)
-    assert {p: len(d) for p, d in tracker.stats.items()} == {
-        p: min(len(h), buffer_size) for p, h in history.items()
-    }
+        ours = tracker.update(prompts, rewards)
+        theirs = slow(history, prompts, rewards, buffer_size, min_count)
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-5)
+    lengths = {prompt: min(len(rewards), buffer_size) for prompt, rewards in history.items()}
+    assert {prompt: len(memory) for prompt, memory in tracker.stats.items()} == lengths
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        list,
-        np.array,
-        torch.tensor,
-        lambda r: torch.tensor(r, dtype=torch.int32),
-        lambda r: torch.tensor(r, dtype=torch.float16),
-        lambda r: torch.tensor(r, dtype=torch.bfloat16),
-        lambda r: torch.tensor(r, dtype=torch.float32, requires_grad=True),
-    ],
-)
-def test_types(kind):
-    r = [1, 2, 6]
-    want = torch.tensor([-2.0, -1.0, 3.0]) / (14 / 3) ** 0.5
-    for got in (standardize(kind(r)), PerPromptStatTracker(4, 2).update(["x"] * 3, kind(r))):
-        assert got.dtype == torch.float32 and not got.requires_grad
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("rewards", of_all_types([1, 2, 6]), ids=type_name)
+def test_types(rewards):
+    by_hand = torch.tensor([-2.0, -1.0, 3.0]) / (14 / 3) ** 0.5
+    for a in (standardize(rewards), PerPromptStatTracker(4, 2).update(["x"] * 3, rewards)):
+        assert a.dtype == torch.float32 and not a.requires_grad
+        assert_close(a, by_hand, rtol=1e-5, atol=1e-5)
+    assert as_rewards(rewards, "here").tolist() == [1.0, 2.0, 6.0]
 
 
 def test_standardize():
-    r = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 7 + 100
-    a = standardize(r)
+    a = standardize(randn(1000) * 7 + 100)
     assert abs(a.mean()) < 1e-6 and abs(a.std(correction=0) - 1) < 1e-5
     assert (standardize([3.7]) == 0).all() and (standardize([0.1] * 77) == 0).all()
 
@@ -71,18 +55,17 @@ def test_standardize():
 def test_repeated_prompts_keep_their_order():
     prompts, r = ["b", "a", "b", "a", "b"], [5.0, 1.0, 3.0, 2.0, 4.0]
     a = PerPromptStatTracker(8, 2).update(prompts, r)
-    for p in "ab":
-        i = [k for k, q in enumerate(prompts) if q == p]
-        torch.testing.assert_close(a[i], standardize([r[k] for k in i]))
+    for prompt in "ab":
+        i = [k for k, other in enumerate(prompts) if other == prompt]
+        assert_close(a[i], standardize([r[k] for k in i]))
 
 
 def test_order_of_the_batch_does_not_matter_within_the_buffer():
-    prompts, r = list("aabbcab"), torch.randn(7)
-    order = torch.randperm(7)
+    prompts, r = list("aabbcab"), randn(7)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     whole = PerPromptStatTracker(8, 2).update(prompts, r)
-    torch.testing.assert_close(
-        PerPromptStatTracker(8, 2).update([prompts[i] for i in order], r[order]), whole[order]
-    )
+    mixed = PerPromptStatTracker(8, 2).update([prompts[i] for i in order], r[order])
+    assert_close(mixed, whole[order])
 
 
 def test_numpy_prompts_and_state_through_json():
@@ -90,7 +73,8 @@ def test_numpy_prompts_and_state_through_json():
     tracker.update(np.array(["é fox", "an owl", "é fox"]), np.array([1, 2, 3]))
     other = PerPromptStatTracker(3, 2)
     other.load_state_dict(json.loads(json.dumps(tracker.state_dict())))
-    assert other.stats == tracker.stats and all(d.maxlen == 3 for d in other.stats.values())
+    assert other.stats == tracker.stats
+    assert all(memory.maxlen == 3 for memory in other.stats.values())
     batch = ["é fox", "an owl", "new"], [5.0, 6.0, 7.0]
     assert torch.equal(other.update(*batch), tracker.update(*batch))
 
@@ -128,22 +112,18 @@ def test_bad_settings_and_prompts():
 def test_five_numbers_by_hand():
     "Mean 7.8, squared distances 236.8 in all; cats 1 2 6 and dogs 10 20 by themselves."
     five, names = [1, 10, 2, 20, 6], ["cat", "dog", "cat", "dog", "cat"]
-    np.testing.assert_allclose(
-        standardize(five).numpy(), np.array([-6.8, 2.2, -5.8, 12.2, -1.8]) / 47.36**0.5, rtol=1e-5
-    )
+    over_the_batch = torch.tensor([-6.8, 2.2, -5.8, 12.2, -1.8]) / 47.36**0.5
+    assert_close(standardize(five), over_the_batch, rtol=1e-5, atol=0)
     s = (14 / 3) ** 0.5
-    np.testing.assert_allclose(
-        PerPromptStatTracker(4, 2).update(names, five).numpy(),
-        [-2 / s, -1, -1 / s, 1, 3 / s],
-        rtol=1e-5,
-    )
+    by_prompt = torch.tensor([-2 / s, -1, -1 / s, 1, 3 / s])
+    assert_close(PerPromptStatTracker(4, 2).update(names, five), by_prompt, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 100])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e9])
 def test_no_advantage_exceeds_the_root_of_n_minus_1(n, scale):
     g = torch.Generator().manual_seed(n)
-    for power in (1, 5, 25):  # ever heavier tails
+    for power in (1, 5, 25):  # heavier and heavier tails
         r = scale * torch.randn(n, generator=g, dtype=torch.float64) ** power
         tracker = PerPromptStatTracker(n, 1)
         tracker.update(["x"] * (n - 1), r[:-1])
@@ -160,46 +140,35 @@ def test_new_rewards_count_towards_min_count(seen, own):
         tracker.update(["a"] * seen, past)
     prompts, rewards = ["a", "b", "b", "b"], [6.0, 1.0, 2.0, 3.0]
     a = tracker.update(prompts, rewards)
-    want = standardize(past + [6.0])[-1] if own else standardize(rewards)[0]
-    torch.testing.assert_close(a[0], want)
-    torch.testing.assert_close(a[1:], standardize([1.0, 2.0, 3.0]))
+    assert_close(a[0], standardize(past + [6.0])[-1] if own else standardize(rewards)[0])
+    assert_close(a[1:], standardize([1.0, 2.0, 3.0]))
 
 
 def test_more_new_rewards_than_the_buffer_holds():
     "Only the last ones make the statistics, and every reward is measured against those."
     a = PerPromptStatTracker(2, 2).update(["x"] * 4, [100.0, 50.0, 1.0, 3.0])
-    torch.testing.assert_close(a, torch.tensor([98.0, 48.0, -1.0, 1.0]), rtol=1e-5, atol=0)
+    assert_close(a, torch.tensor([98.0, 48.0, -1.0, 1.0]), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("n_processes", [2, 3, 4])
-def test_copies_fed_the_gathered_rewards_agree_and_single_ones_do_not(n_processes):
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_copies_fed_the_gathered_rewards_agree_and_single_ones_do_not(world):
     g = torch.Generator().manual_seed(0)
-    one, copies = (
-        PerPromptStatTracker(8, 2),
-        [PerPromptStatTracker(8, 2) for _ in range(n_processes)],
-    )
-    lonely, apart = [PerPromptStatTracker(8, 2) for _ in range(n_processes)], 0.0
+    shares = [slice(rank * 12 // world, (rank + 1) * 12 // world) for rank in range(world)]
+    one = PerPromptStatTracker(8, 2)
+    copies = [PerPromptStatTracker(8, 2) for _ in shares]
+    lonely = [PerPromptStatTracker(8, 2) for _ in shares]
     for _ in range(4):
-        prompts = [str(int(i)) for i in torch.randint(5, (12,), generator=g)]
+        prompts = [str(i) for i in torch.randint(5, (12,), generator=g).tolist()]
         rewards = torch.rand(12, generator=g)
-        parts = [
-            slice(k * 12 // n_processes, (k + 1) * 12 // n_processes) for k in range(n_processes)
-        ]
         whole = one.update(prompts, rewards)
-        assert torch.equal(
-            torch.cat([t.update(prompts, rewards)[p] for t, p in zip(copies, parts)]), whole
-        )
-        apart = max(
-            apart,
-            (torch.cat([t.update(prompts[p], rewards[p]) for t, p in zip(lonely, parts)]) - whole)
-            .abs()
-            .max()
-            .item(),
-        )
-    assert all(t.state_dict() == one.state_dict() for t in copies) and apart > 0.1
+        for copy, share in zip(copies, shares):
+            assert torch.equal(copy.update(prompts, rewards)[share], whole[share])
+            assert copy.state_dict() == one.state_dict()
+        apart = [own.update(prompts[share], rewards[share]) for own, share in zip(lonely, shares)]
+    assert (torch.cat(apart) - whole).abs().max() > 0.1
 
 
 def test_nearly_equal_rewards():
-    "Below 1e-6 the guard beside the deviation damps the noise; equal rewards give exactly zero."
+    "Noise below 1e-6 is damped by the guard beside the deviation; equal rewards give exactly zero."
     a = PerPromptStatTracker(4, 2).update(["x", "x", "y", "y"], [0.1, 0.1, 5.0, 5.0 + 1e-9])
     assert (a[:2] == 0).all() and a[2:].abs().max() < 1e-3

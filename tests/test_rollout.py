@@ -299,11 +299,16 @@ def log_prob_of(denoiser, r, row, step):
     return step_log_prob(denoiser, x_t, x_next, t, t_next, r.c[row], 1.0)
 
 
+# At another shape sums are added up in another order; how much that changes depends on the number
+# of threads, too. A fiftieth of the clip range of 1e-4 is far enough from it.
+ROUNDING = 2e-6
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("split", [([0], [1], [2], [3]), ([0, 1, 2], [3])])
 def test_ratio_is_one_when_split(tiny, rollout, split):
     now = torch.cat([replay_log_prob(tiny, rollout[i], 1.0) for i in split])
-    assert (now - rollout.log_probs).abs().max() <= 1e-6
+    assert (now - rollout.log_probs).abs().max() <= ROUNDING
 
 
 @torch.no_grad()
@@ -312,7 +317,7 @@ def test_ratio_is_one_for_shuffled_pairs_that_span_timesteps(tiny, rollout):
     pairs = torch.cartesian_prod(torch.arange(4), torch.arange(STEPS))[order]
     for row, step in (part.T for part in pairs.split(7)):
         now = log_prob_of(tiny, rollout, row, step)
-        assert (now - rollout.log_probs[row, step]).abs().max() <= 1e-6
+        assert (now - rollout.log_probs[row, step]).abs().max() <= ROUNDING
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -353,7 +358,7 @@ def test_the_embedded_model_replays(dtype):
     r = sample(d, d.encode(["a fox", "a cow"]), 4, 1.0, generators(2), dtype=dtype)
     with torch.no_grad():
         assert torch.equal(replay_log_prob(d, r, 1.0), r.log_probs)
-        assert (replay_log_prob(d, r[1], 1.0) - r[1].log_probs).abs().max() <= 1e-6
+        assert (replay_log_prob(d, r[1], 1.0) - r[1].log_probs).abs().max() <= ROUNDING
 
 
 def test_changed_weights_change_the_ratio_and_gradients_are_right():

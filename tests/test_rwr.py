@@ -1,68 +1,59 @@
-"What would bore a reader of 09: weights against numpy, ties and rounding, dtypes, gradients, minibatches, bad input."
+"Reward-weighted regression: weights against numpy, ties, gradients, minibatches, bad input."
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from samples import of_all_types, randn, type_name
+from torch.testing import assert_close
 
 from ddpo_scratch.diffusion import GaussianDenoiser, Schedule, add_noise, eps_loss
 from ddpo_scratch.methods.rwr import rwr_loss, softmax_weights, sparse_weights
 
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-KINDS = [
-    list,
-    np.array,
-    torch.tensor,
-    lambda r: torch.tensor(r, dtype=torch.int32),
-    lambda r: torch.tensor(r, dtype=torch.float16),
-    lambda r: torch.tensor(r, dtype=torch.bfloat16),
-    lambda r: torch.tensor(r, dtype=torch.float32, requires_grad=True),
-]
 
 
 def normal(n, seed=0):
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return randn(n, seed=seed, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2, 1.7, 30.0])
 @pytest.mark.parametrize("n", [1, 2, 37, 1000])
 def test_softmax_weights_against_numpy(n, beta):
     r = normal(n, n).numpy() * 2 + 5
-    want = np.exp(beta * (r - r.max()))
-    want /= want.mean()
-    got = softmax_weights(r, beta)
-    assert got.dtype == torch.float32 and got.shape == (n,)
-    np.testing.assert_allclose(got.numpy(), want, rtol=1e-6, atol=1e-12)
-    assert abs(got.double().mean() - 1) < 1e-6
+    theirs = np.exp(beta * (r - r.max()))
+    theirs /= theirs.mean()
+    ours = softmax_weights(r, beta)
+    assert ours.dtype == torch.float32 and ours.shape == (n,)
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-6, atol=1e-12)
+    assert abs(ours.double().mean() - 1) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_types(kind):
-    for w in (softmax_weights(kind([1, 2, 6]), 0.5), sparse_weights(kind([1, 2, 6]), 0.3)):
-        assert w.dtype == torch.float32 and not w.requires_grad
-    torch.testing.assert_close(
-        softmax_weights(kind([1, 2, 6]), 0.5), 3 * torch.tensor([0.5, 1.0, 3.0]).softmax(0)
-    )
-    assert sparse_weights(kind([1, 2, 6]), 0.3).tolist() == [0, 0, 3]
+@pytest.mark.parametrize("rewards", of_all_types([1, 2, 6]), ids=type_name)
+def test_types(rewards):
+    softmax, sparse = softmax_weights(rewards, 0.5), sparse_weights(rewards, 0.3)
+    assert softmax.dtype == sparse.dtype == torch.float32
+    assert not softmax.requires_grad and not sparse.requires_grad
+    assert_close(softmax, 3 * torch.tensor([0.5, 1.0, 3.0]).softmax(0))
+    assert sparse.tolist() == [0, 0, 3]
 
 
 def test_softmax_weights_keep_order_and_ignore_an_offset():
     r = normal(50)
     w = softmax_weights(r, 3.0)
     assert torch.equal(w.argsort(), r.argsort())
-    torch.testing.assert_close(softmax_weights(r - 1e4, 3.0), w, rtol=1e-5, atol=0)
-    torch.testing.assert_close(softmax_weights(1000 * r, 0.003), w)  # beta has the unit 1 / reward
-    order = torch.randperm(50)
-    torch.testing.assert_close(softmax_weights(r[order], 3.0), w[order])
+    assert_close(softmax_weights(r - 1e4, 3.0), w, rtol=1e-5, atol=0)
+    assert_close(softmax_weights(1000 * r, 0.003), w)  # beta has the unit 1 / reward
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    assert_close(softmax_weights(r[order], 3.0), w[order])
 
 
 def test_softmax_weights_in_float64_tell_close_rewards_apart():
     "1e6 and 1e6 + 0.01 are one number in float32."
     r = torch.tensor([1e6, 1e6 + 0.01], dtype=torch.float64)
-    torch.testing.assert_close(
-        softmax_weights(r, 100.0), 2 * torch.tensor([0.0, 1.0]).softmax(0), rtol=1e-5, atol=0
-    )
+    apart = 2 * torch.tensor([0.0, 1.0]).softmax(0)
+    assert_close(softmax_weights(r, 100.0), apart, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 40, 99, 100, 101, 1000])
@@ -112,121 +103,112 @@ def test_bad_fraction(fraction):
 
 
 def batch(n=6, shape=(3,), prediction_type="epsilon", dtype=torch.float32):
-    den = GaussianDenoiser(Schedule(ABAR, prediction_type=prediction_type), shape, mu=0.3).to(dtype)
-    g = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(n, *shape, generator=g, dtype=dtype)
-    return den, (draw(), draw(), torch.randint(1000, (n,), generator=g), den.encode(["-"] * n))
+    "Return a denoiser and (x0, eps, t, c) of n samples."
+    path = Schedule(ABAR, prediction_type=prediction_type)
+    denoiser = GaussianDenoiser(path, shape, mu=0.3).to(dtype)
+    x0, eps = (randn(n, *shape, seed=seed, dtype=dtype) for seed in (0, 1))
+    t = path.draw_t(n, torch.Generator().manual_seed(2))
+    return denoiser, (x0, eps, t, denoiser.encode(["-"] * n))
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 4, 4)])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_loss_is_the_weighted_mean_of_the_denoising_loss(prediction_type, shape):
-    den, args = batch(shape=shape, prediction_type=prediction_type)
+    denoiser, (x0, eps, t, c) = batch(shape=shape, prediction_type=prediction_type)
     w = normal(6).exp().float()
-    each = torch.stack(
-        [eps_loss(den, *(a[i : i + 1] for a in args[:3]), args[3][i])[0] for i in range(6)]
-    )
-    torch.testing.assert_close(rwr_loss(den, *args, w), (w * each).sum() / 6)
+    each = []
+    for i in range(6):
+        one = slice(i, i + 1)
+        each.append(eps_loss(denoiser, x0[one], eps[one], t[one], c[one]))
+    weighted = w * torch.cat(each)
+    assert_close(rwr_loss(denoiser, x0, eps, t, c, w), weighted.mean())
+    assert_close(rwr_loss(denoiser, x0, eps, t, c, w, reduction="none"), weighted)
 
 
 def test_loss_by_hand():
-    den, (x0, eps, t, c) = batch()
+    denoiser, (x0, eps, t, c) = batch()
     w = softmax_weights(normal(6), 2.0)
-    x_t = add_noise(x0, eps, t, den.path)
-    torch.testing.assert_close(
-        rwr_loss(den, x0, eps, t, c, w), (w[:, None] * (den(x_t, t, c) - eps) ** 2).mean()
-    )
+    x_t = add_noise(x0, eps, t, denoiser.path)
+    by_hand = (w[:, None] * (denoiser(x_t, t, c) - eps) ** 2).mean()
+    assert_close(rwr_loss(denoiser, x0, eps, t, c, w), by_hand)
 
 
-def test_one_timestep_for_all_and_weights_of_any_kind():
-    den, (x0, eps, _, c) = batch()
-    want = rwr_loss(den, x0, eps, torch.full((6,), 300), c, torch.arange(6.0))
-    for w in (list(range(6)), np.arange(6), torch.arange(6), torch.arange(6, dtype=torch.float64)):
-        got = rwr_loss(den, x0, eps, 300, c, w)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, want)
+@pytest.mark.parametrize("w", of_all_types([0, 1, 2, 3, 4, 5]), ids=type_name)
+def test_one_timestep_for_all_and_weights_of_any_type(w):
+    denoiser, (x0, eps, _, c) = batch()
+    ours = rwr_loss(denoiser, x0, eps, 300, c, w)
+    assert ours.dtype == torch.float32
+    t = torch.full((6,), 300)
+    assert_close(ours, rwr_loss(denoiser, x0, eps, t, c, torch.arange(6.0)))
 
 
 def test_gradient_goes_to_the_weights_of_the_model_only():
-    den, (x0, eps, t, c) = batch()
-    w, x0 = torch.ones(6, requires_grad=True), x0.requires_grad_(False)
-    rwr_loss(den, x0, eps, t, c, w).backward()
-    assert w.grad is None and den.mu.grad.abs().sum() > 0
+    denoiser, args = batch()
+    w = torch.ones(6, requires_grad=True)
+    rwr_loss(denoiser, *args, w).backward()
+    assert w.grad is None and denoiser.mu.grad.abs().sum() > 0
 
 
 def test_minibatches_average_to_the_round():
     "Weights of mean 1 over the round make equal minibatches an unbiased split of its loss."
-    den, (x0, eps, t, c) = batch()
+    denoiser, (x0, eps, t, c) = batch()
     w = softmax_weights(normal(6), 3.0)
-    parts = [rwr_loss(den, x0[i], eps[i], t[i], c[i], w[i]) for i in torch.randperm(6).split(2)]
-    torch.testing.assert_close(torch.stack(parts).mean(), rwr_loss(den, x0, eps, t, c, w))
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    parts = [rwr_loss(denoiser, x0[i], eps[i], t[i], c[i], w[i]) for i in order.split(2)]
+    assert_close(torch.stack(parts).mean(), rwr_loss(denoiser, x0, eps, t, c, w))
 
 
 def test_a_sample_without_weight_has_no_say():
-    den, (x0, eps, t, c) = batch()
+    denoiser, (x0, *others) = batch()
     w = torch.tensor([0.0, 0.0, 3.0, 3.0, 0.0, 0.0])
-    a = torch.autograd.grad(rwr_loss(den, x0, eps, t, c, w), den.mu)[0]
+    (before,) = torch.autograd.grad(rwr_loss(denoiser, x0, *others, w), denoiser.mu)
     x0[[0, 1, 4, 5]] += 7.0
-    torch.testing.assert_close(
-        torch.autograd.grad(rwr_loss(den, x0, eps, t, c, w), den.mu)[0], a, rtol=0, atol=0
-    )
+    (after,) = torch.autograd.grad(rwr_loss(denoiser, x0, *others, w), denoiser.mu)
+    assert torch.equal(before, after)
 
 
 def test_finite_differences_in_float64():
-    den, (x0, eps, t, c) = batch(dtype=torch.float64)
+    denoiser, args = batch(dtype=torch.float64)
     w = normal(6).exp()
 
     def loss(mu):
         with torch.no_grad():
-            den.mu.copy_(mu)
-        return rwr_loss(den, x0, eps, t, c, w)
+            denoiser.mu.copy_(mu)
+        return rwr_loss(denoiser, *args, w)
 
-    mu, h = den.mu.detach().clone(), 1e-5
-    (gradient,) = torch.autograd.grad(loss(mu), den.mu)
+    mu, h = denoiser.mu.detach().clone(), 1e-5
+    (gradient,) = torch.autograd.grad(loss(mu), denoiser.mu)
     assert gradient.dtype == torch.float64
-    differences = torch.stack(
-        [
-            (loss(mu + h * e) - loss(mu - h * e)).detach() / (2 * h)
-            for e in torch.eye(3, dtype=torch.float64)
-        ]
-    )
-    torch.testing.assert_close(gradient, differences, rtol=1e-7, atol=1e-9)
+    units = torch.eye(3, dtype=torch.float64)
+    differences = [(loss(mu + h * e) - loss(mu - h * e)).detach() / (2 * h) for e in units]
+    assert_close(gradient, torch.stack(differences), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (6, 1), (1, 6), (7,)])
 def test_weights_that_do_not_fit(shape):
-    den, args = batch()
+    denoiser, args = batch()
     with pytest.raises(ValueError, match="one weight a sample"):
-        rwr_loss(den, *args, torch.ones(shape))
+        rwr_loss(denoiser, *args, torch.ones(shape))
 
 
-@pytest.mark.parametrize(
-    "weigh", [lambda r: softmax_weights(r, 4.0), lambda r: sparse_weights(r, 0.2)]
-)
-def test_regression_moves_the_mean_to_the_weighted_mean_of_the_samples(weigh):
-    "The optimum of the weighted loss in mu, for data with the denoiser's own spread, is the weighted mean."
-    den, _ = batch()
+@pytest.mark.parametrize("weigh, number", [(softmax_weights, 4.0), (sparse_weights, 0.2)])
+def test_regression_moves_the_mean_to_the_weighted_mean_of_the_samples(weigh, number):
+    "That is the optimum in mu for data with the denoiser's own spread."
+    denoiser, _ = batch()
     x0 = 0.5 * normal(4000).view(-1, 1).repeat(1, 3).float()
-    w = weigh(x0[:, 0])
-    optimizer = torch.optim.Adam([den.mu], lr=0.02)
+    w, c = weigh(x0[:, 0], number), denoiser.encode(["-"] * 4000)
+    optimizer = torch.optim.Adam([denoiser.mu], lr=0.02)
     g = torch.Generator().manual_seed(1)
     trail = []
     for _ in range(300):
-        loss = rwr_loss(
-            den,
-            x0,
-            torch.randn(x0.shape, generator=g),
-            torch.randint(1000, (4000,), generator=g),
-            den.encode(["-"] * 4000),
-            w,
-        )
+        eps = torch.randn(x0.shape, generator=g)
+        loss = rwr_loss(denoiser, x0, eps, denoiser.path.draw_t(4000, g), c, w)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        trail.append(den.mu.detach().clone())
-    torch.testing.assert_close(
-        torch.stack(trail[-100:]).mean(0), (w[:, None] * x0).mean(0), rtol=0, atol=0.02
-    )
+        trail.append(denoiser.mu.detach().clone())
+    ours = torch.stack(trail[-100:]).mean(0)
+    assert_close(ours, (w[:, None] * x0).mean(0), rtol=0, atol=0.02)
 
 
 def test_the_smallest_share_keeps_one():

@@ -6,9 +6,10 @@
 __all__ = ['truncated_sample', 'draw_k', 'trl_k_rule', 'draft_lv_sample', 'refl_sample', 'k_rule', 'k_probabilities', 'Backprop',
            'AlignProp', 'OneStep', 'DRaFTLV', 'ReFL']
 
-# %% ../../nbs/book/08_backprop.ipynb #f12cf161
+# %% ../../nbs/book/08_backprop.ipynb #b97e064a
 import math
 import re
+from collections.abc import Iterator
 from functools import partial
 from statistics import NormalDist
 
@@ -214,14 +215,14 @@ def k_probabilities(
     # K of less than one in a thousand would make a plan pessimistic about memory
     return {k: m / total for k, m in mass.items() if m > 1e-3 * total}
 
-# %% ../../nbs/book/08_backprop.ipynb #c0162acb
+# %% ../../nbs/book/08_backprop.ipynb #41be0d78
 class Backprop(Method):
     "Carry a reward's gradient back through the sampler: what the three methods share."
 
     differentiable = True
 
     @classmethod
-    def mistakes(cls, config):
+    def mistakes(cls, config) -> Iterator:  # of str
         "Yield a sentence for each mistake in the fields that backpropagation reads."
         yield from super().mistakes(config)
         if config.reward_offload:
@@ -236,7 +237,7 @@ class Backprop(Method):
             )
 
     @classmethod
-    def findings(cls, late, rows, config):
+    def findings(cls, late, rows, config) -> Iterator:  # of str
         "Ask whether gradients through the chain explode."
         norm = late.get("grad_norm", math.nan)
         # through many steps norms of 1 to 10 are usual, and learn
@@ -252,14 +253,14 @@ class Backprop(Method):
         "Keep no trajectory: each update draws its own."
         return 0
 
-# %% ../../nbs/book/08_backprop.ipynb #bb9a4f55
+# %% ../../nbs/book/08_backprop.ipynb #cef8f752
 class AlignProp(Backprop):
     "Differentiate the last K steps (AlignProp, arXiv 2310.03739; DRaFT-K, arXiv 2309.17400)."
 
     name = "alignprop"
 
     @classmethod
-    def mistakes(cls, config):
+    def mistakes(cls, config) -> Iterator:  # of str
         "Yield a sentence for each mistake in the fields that AlignProp reads."
         try:
             draw_k(k_rule(config.backprop_steps, config.sample_num_steps), config.sample_num_steps)
@@ -311,12 +312,12 @@ class AlignProp(Backprop):
         gauges = dict(k=torch.tensor(float(k), device=x0.device))
         return x0, gauges | (dict(kl=torch.stack(penalties).mean()) if penalties else {})
 
-# %% ../../nbs/book/08_backprop.ipynb #9320dd78
+# %% ../../nbs/book/08_backprop.ipynb #b59162bb
 class OneStep(Backprop):
     "Differentiate a single call of the network: what DRaFT-LV and ReFL share."
 
     @classmethod
-    def mistakes(cls, config):
+    def mistakes(cls, config) -> Iterator:  # of str
         "Yield a sentence for each mistake in the fields that these methods read."
         yield from super().mistakes(config)
         if config.kl_weight:
@@ -329,7 +330,7 @@ class OneStep(Backprop):
         "One step is differentiated."
         return dict(k=torch.tensor(1.0, device=x0.device))
 
-# %% ../../nbs/book/08_backprop.ipynb #41c2a892
+# %% ../../nbs/book/08_backprop.ipynb #5ba2ee9d
 class DRaFTLV(OneStep):
     "Noise the picture again and differentiate the last step (DRaFT-LV, arXiv 2309.17400)."
 
@@ -341,6 +342,11 @@ class DRaFTLV(OneStep):
         copies = config.draft_lv_copies
         training = copies * (1 + config.gradient_checkpointing)
         return config.sample_num_steps, training, copies
+
+    @classmethod
+    def copies(cls, config) -> int:  # pictures
+        "Count the copies of a sample: the reward judges each."
+        return config.draft_lv_copies
 
     @classmethod
     def depth(cls, config) -> int:  # network passes

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['leave_one_out', 'reinforce_loss', 'PolicyGradient', 'DDPOSF']
 
-# %% ../../nbs/book/03_policy_gradient.ipynb #dd21a535
+# %% ../../nbs/book/03_policy_gradient.ipynb #886deced
 import math
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from ..advantage import PerPromptStatTracker, as_rewards, standardize
@@ -46,7 +46,7 @@ def reinforce_loss(
     losses = -(advantage.detach().to(log_prob.device) * log_prob)
     return losses.mean() if reduction == "mean" else losses
 
-# %% ../../nbs/book/03_policy_gradient.ipynb #294a8706
+# %% ../../nbs/book/03_policy_gradient.ipynb #62329e61
 class PolicyGradient(Method):
     "Follow the score function: what DDPO-SF and DDPO-IS share."
 
@@ -58,7 +58,7 @@ class PolicyGradient(Method):
         )
 
     @classmethod
-    def mistakes(cls, config):
+    def mistakes(cls, config) -> Iterator:  # of str
         "Yield a sentence for each mistake in the fields that policy gradients read."
         if not 0 < config.sample_eta <= 1:
             yield (
@@ -74,7 +74,7 @@ class PolicyGradient(Method):
         return sampling, training + again * (config.mixed_precision != "no"), differentiated
 
     @classmethod
-    def findings(cls, late, rows, config):
+    def findings(cls, late, rows, config) -> Iterator:  # of str
         "Ask whether advantages tell pictures of one prompt apart."
         spread = late.get("advantage_spread", math.nan)
         if spread < 0.1:
@@ -130,14 +130,14 @@ class PolicyGradient(Method):
         "Go on from a checkpoint."
         self.tracker.load_state_dict(state)
 
-# %% ../../nbs/book/03_policy_gradient.ipynb #3cd34da6
+# %% ../../nbs/book/03_policy_gradient.ipynb #5947b11d
 class DDPOSF(PolicyGradient):
     "Take one REINFORCE step an epoch (Black et al. 2023, arXiv 2305.13301, sec. 4.3)."
 
     name = "ddpo_sf"
 
     @classmethod
-    def mistakes(cls, config):
+    def mistakes(cls, config) -> Iterator:  # of str
         "Yield a sentence for each mistake in the fields that DDPO-SF reads."
         yield from super().mistakes(config)
         if config.updates_per_epoch != 1:

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['importance_ratio', 'ppo_loss', 'approx_kl', 'clip_fraction', 'DDPOIS']
 
-# %% ../../nbs/book/05_ppo.ipynb #421215af
+# %% ../../nbs/book/05_ppo.ipynb #12ecbe63
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -71,14 +73,14 @@ def clip_fraction(
     "Count the share of ratios that lie outside 1 - clip_range ... 1 + clip_range."
     return ((ratio.detach() - 1).abs() > clip_range).float().mean()
 
-# %% ../../nbs/book/05_ppo.ipynb #f06ad350
+# %% ../../nbs/book/05_ppo.ipynb #601361e7
 class DDPOIS(PolicyGradient):
     "Take several clipped steps from one epoch's samples (DDPO-IS: PPO; Black et al. 2023)."
 
     name = "ddpo_is"
 
     @classmethod
-    def findings(cls, late, rows, config):
+    def findings(cls, late, rows, config) -> Iterator:  # of str
         "Ask whether the ratio moves at all."
         yield from super().findings(late, rows, config)
         if config.updates_per_epoch == 1:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['softmax_weights', 'sparse_weights', 'rwr_loss', 'RWR', 'SparseRWR']
 
-# %% ../../nbs/book/07_rwr.ipynb #fef9bedb
+# %% ../../nbs/book/07_rwr.ipynb #54fff73e
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..advantage import as_rewards
-from ..diffusion import eps_loss
 from .base import Method
 
 # %% ../../nbs/book/07_rwr.ipynb #ebf85c49
@@ -47,7 +47,7 @@ def sparse_weights(
     kept = rewards >= rewards.topk(n_kept).values[-1]
     return (kept / kept.double().mean()).float()
 
-# %% ../../nbs/book/07_rwr.ipynb #33b1b1c0
+# %% ../../nbs/book/07_rwr.ipynb #a2fcab50
 def rwr_loss(
     denoiser,  # Denoiser; gradients flow into it
     x0,  # (b, *latent) samples of an earlier policy
@@ -64,11 +64,11 @@ def rwr_loss(
             f"rwr_loss: given weights of shape {tuple(weights.shape)} for {len(x0)} samples, "
             f"needs ({len(x0)},): one weight a sample"
         )
-    losses = eps_loss(denoiser, x0, eps, t, c)
+    losses = denoiser.denoising_loss(x0, eps, t, c)
     losses = weights.to(losses) * losses
     return losses.mean() if reduction == "mean" else losses
 
-# %% ../../nbs/book/07_rwr.ipynb #5bc019db
+# %% ../../nbs/book/07_rwr.ipynb #88d5ab9c
 class RWR(Method):
     "Imitate all samples, the better ones more: softmax weights (Black et al. 2023, sec. 4.2)."
 
@@ -80,7 +80,7 @@ class RWR(Method):
         return super().states_kept(config) if config.kl_weight else 1
 
     @classmethod
-    def findings(cls, late, rows, config):
+    def findings(cls, late, rows, config) -> Iterator:  # of str
         "Ask how many samples the weights count as."
         spread = late.get("advantage_spread", math.nan)
         n = rows[-1].get("reward_queries", 0) / max(1, rows[-1]["epoch"])
@@ -98,7 +98,7 @@ class RWR(Method):
                 "than imitation. Try: a larger rwr_beta"
             )
 
-    def keep(self, rollout):
+    def keep(self, rollout) -> object:  # Rollout
         "Drop all but x0, unless a KL penalty asks for the states."
         if self.config.kl_weight:
             return rollout
@@ -123,14 +123,14 @@ class RWR(Method):
         )
         return losses, {}
 
-# %% ../../nbs/book/07_rwr.ipynb #da96e083
+# %% ../../nbs/book/07_rwr.ipynb #fc604676
 class SparseRWR(RWR):
     "Imitate the best samples alone: sparse weights (Black et al. 2023, sec. 4.2)."
 
     name = "rwr_sparse"
 
     @classmethod
-    def findings(cls, late, rows, config):
+    def findings(cls, late, rows, config) -> Iterator:  # of str
         "Say nothing: rwr_fraction decides how many samples count."
         return ()
 

@@ -123,7 +123,7 @@ class _Frozen:
         "Leave the network out: a worker process builds its own."
         return {key: value for key, value in self.__dict__.items() if key != "network"}
 
-# %% ../../nbs/library/27_reward_models.ipynb #7b9e11c9
+# %% ../../nbs/library/27_reward_models.ipynb #7f8a905f
 # open_clip's prefixes of models that bring their own weights
 _OWN_WEIGHTS = ("local-dir:", "hf-hub:")
 

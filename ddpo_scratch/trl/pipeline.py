@@ -268,7 +268,7 @@ def _only(models, verb):
         )
     return models[0]
 
-# %% ../../nbs/library/39_trl_pipeline.ipynb #f4e9063d
+# %% ../../nbs/library/39_trl_pipeline.ipynb #3bdb8cb8
 class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
     "Sample, replay and train a Stable Diffusion 1.x or 2.x pipeline."
 
