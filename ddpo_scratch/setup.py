@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'stride', 'TrainState', 'free_folder', 'make_optimizer', 'learning_rate_share', 'setup']
 
-# %% ../nbs/library/34_setup.ipynb #305bc11d
+# %% ../nbs/library/34_setup.ipynb #739d8086
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class TrainState:
         "Open the noise streams of samples of this epoch, by their numbers."
         return [self.generator(self.epoch, k, "noise") for k in numbers]
 
-# %% ../nbs/library/34_setup.ipynb #f15aa9b1
+# %% ../nbs/library/34_setup.ipynb #1f84adf0
 def free_folder(
     config,  # TrainConfig
 ) -> Path:  # of a run that does not exist yet
@@ -106,8 +107,10 @@ def free_folder(
         return folder
     words = f"{config.method}-{str(config.reward_fn).rpartition(':')[2]}"
     stem = re.sub(r"[^\w.]+", "-", words).strip("-.")[:80]
-    folders = (Path(config.logdir) / f"{stem}-{k:03d}" for k in range(1, 1000))
-    return next(folder for folder in folders if not folder.exists())
+    for k in itertools.count(1):
+        folder = Path(config.logdir) / f"{stem}-{k:03d}"
+        if not folder.exists():
+            return folder
 
 # %% ../nbs/library/34_setup.ipynb #471ae678
 def make_optimizer(

@@ -355,7 +355,7 @@ def look_is_due(
         return False
     return state.stride < 1 or state.epoch % config.eval_freq == 0
 
-# %% ../nbs/library/35_train.ipynb #9e98322d
+# %% ../nbs/library/35_train.ipynb #6e3e859f
 @dataclass
 class _Epoch:
     "Hold what an epoch's row needs beside its steps."
@@ -378,7 +378,8 @@ def _collected_steps(state, epoch, progress):
     for inner_epoch in range(config.train_num_inner_epochs):
         todo += minibatches(state, inner_epoch)
     if config.mixed_precision != "no":
-        # under autocast log-probs depend on the batch they are computed in
+        # under autocast log-probs depend on the batch they are computed in; of several passes
+        # the last one's batches decide
         for index, steps in todo:
             for batch in micro_batches(state, samples, index, steps):
                 with torch.no_grad():

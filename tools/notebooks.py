@@ -11,8 +11,10 @@ documentation site.
 """
 
 import argparse
+import base64
 import difflib
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -35,6 +37,7 @@ NBS, LIB = ROOT / CFG["nbs_path"], ROOT / CFG["lib_path"]
 PKG = LIB.name
 INDEX = "_modidx.py"  # nbdev's list of names and pages; the site needs it, git does not keep it
 MAX_BYTES = 500_000  # of a notebook, outputs included
+LARGE = 40_000  # of a picture, in base64
 SKIP = "skip-execution"  # the tag by which nbclient, and so nbmake, leaves a cell out
 # "ddpo_train=ddpo_scratch.cli:ddpo_train" -> {"ddpo_train": "cli"}
 COMMANDS = dict(re.findall(rf"(\w+)={PKG}\.([\w.]+):", CFG["console_scripts"]))
@@ -134,12 +137,44 @@ def _scrub_stream(output):
     output.text = "\n".join(lines)
 
 
+def _encoded(picture, **options):
+    "Encode a picture as base64 text."
+    picture.save(file := io.BytesIO(), **options)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _smaller(encoded, kind):
+    "Keep fewer colours of a large PNG, and less detail of a large JPEG, where that saves bytes."
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    if kind == "image/jpeg":
+        return min(encoded, _encoded(picture, format="JPEG", quality=60, optimize=True), key=len)
+    for colours in (256, 64):
+        if len(encoded) > (LARGE if colours == 256 else 1.8 * LARGE):
+            # without dithering, which would add noise that compresses badly
+            few = picture.quantize(colours, dither=Image.Dither.NONE)
+            encoded = min(encoded, _encoded(few, format="PNG", optimize=True), key=len)
+            picture = few.convert("RGB")
+    return encoded
+
+
+def _scrub_picture(data):
+    "Store a picture once, in few bytes."
+    if "image/png" in data:
+        data.pop("image/jpeg", None)
+    for kind in {"image/png", "image/jpeg"} & data.keys():
+        if len(data[kind]) > LARGE:
+            data[kind] = _smaller(data[kind], kind)
+
+
 def scrub(nb):
-    "Remove from fresh outputs what differs between two runs or two machines: progress bars, paths."
+    "Remove from fresh outputs what differs between runs or machines, and what is large for little."
     for cell in code_cells(nb):
         for output in cell.outputs:
             if output.output_type == "stream":
                 _scrub_stream(output)
+            _scrub_picture(output.get("data", {}))
             for kind, value in output.get("data", {}).items():
                 if kind.startswith("text/") and isinstance(value, str):
                     value = _without_places(value)

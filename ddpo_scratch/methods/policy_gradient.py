@@ -130,7 +130,7 @@ class PolicyGradient(Method):
         "Go on from a checkpoint."
         self.tracker.load_state_dict(state)
 
-# %% ../../nbs/book/03_policy_gradient.ipynb #5947b11d
+# %% ../../nbs/book/03_policy_gradient.ipynb #906dbb68
 class DDPOSF(PolicyGradient):
     "Take one REINFORCE step an epoch (Black et al. 2023, arXiv 2305.13301, sec. 4.3)."
 
@@ -143,7 +143,8 @@ class DDPOSF(PolicyGradient):
         if config.updates_per_epoch != 1:
             yield (
                 "ddpo_sf is right only for samples of the current policy, so it takes 1 update "
-                f"an epoch, not {config.updates_per_epoch}: set train_batch_size to "
+                f"an epoch, not {config.updates_per_epoch}: set train_num_inner_epochs to 1 and "
+                "train_batch_size x train_gradient_accumulation_steps to "
                 f"{config.samples_per_epoch}, or use ddpo_is"
             )
 
