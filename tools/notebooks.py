@@ -149,7 +149,7 @@ def _smaller(encoded, kind):
 
     picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
     if kind == "image/jpeg":
-        return min(encoded, _encoded(picture, format="JPEG", quality=60, optimize=True), key=len)
+        return min(encoded, _encoded(picture, format="JPEG", quality=55, optimize=True), key=len)
     for colours in (256, 64):
         if len(encoded) > (LARGE if colours == 256 else 1.8 * LARGE):
             # without dithering, which would add noise that compresses badly
