@@ -160,11 +160,10 @@ def edit(path, old, new):
 def test_run_leaves_nothing_to_fault(project):
     assert tool(project, "check").returncode == 0
     assert tool(project, "export", "--check").returncode == 0
-    before = (project / "nbs/library/02_b.ipynb").read_bytes()
+    notebook = project / "nbs/library/02_b.ipynb"
+    before = notebook.read_bytes()
     assert tool(project, "run", "nbs/library/02_b.ipynb").returncode == 0
-    assert (
-        project / "nbs/library/02_b.ipynb"
-    ).read_bytes() == before  # a second run changes nothing
+    assert notebook.read_bytes() == before  # a second run changes nothing
     assert not tool(project, "run", "--stale").stdout
 
 

@@ -37,7 +37,8 @@ NBS, LIB = ROOT / CFG["nbs_path"], ROOT / CFG["lib_path"]
 PKG = LIB.name
 INDEX = "_modidx.py"  # nbdev's list of names and pages; the site needs it, git does not keep it
 MAX_BYTES = 500_000  # of a notebook, outputs included
-LARGE = 40_000  # of a picture, in base64
+LARGE = 40_000  # of a picture in base64: smaller ones are stored as they are
+ENOUGH = 72_000  # of a picture that was made smaller: half a dozen fit a notebook
 SKIP = "skip-execution"  # the tag by which nbclient, and so nbmake, leaves a cell out
 # "ddpo_train=ddpo_scratch.cli:ddpo_train" -> {"ddpo_train": "cli"}
 COMMANDS = dict(re.findall(rf"(\w+)={PKG}\.([\w.]+):", CFG["console_scripts"]))
@@ -149,13 +150,15 @@ def _smaller(encoded, kind):
 
     picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
     if kind == "image/jpeg":
+        # half of JPEG's scale: titles of 9 points stay sharp
         return min(encoded, _encoded(picture, format="JPEG", quality=55, optimize=True), key=len)
     for colours in (256, 64):
-        if len(encoded) > (LARGE if colours == 256 else 1.8 * LARGE):
-            # without dithering, which would add noise that compresses badly
-            few = picture.quantize(colours, dither=Image.Dither.NONE)
-            encoded = min(encoded, _encoded(few, format="PNG", optimize=True), key=len)
-            picture = few.convert("RGB")
+        # without dithering, which would add noise that compresses badly
+        few = picture.quantize(colours, dither=Image.Dither.NONE)
+        encoded = min(encoded, _encoded(few, format="PNG", optimize=True), key=len)
+        if len(encoded) <= ENOUGH:
+            break
+        picture = few.convert("RGB")
     return encoded
 
 

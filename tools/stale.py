@@ -127,9 +127,8 @@ def reached(names, lib):
         package, _, last = name.rpartition(".")
         if package:
             todo.add(package)
-        if (
-            last == "base"
-        ):  # methods, models and rewards find their neighbours at run time, by pkgutil
+        # methods, models and rewards find their neighbours at run time, by pkgutil
+        if last == "base":
             todo |= {n for n in module_names(lib) if n.startswith(package + ".")}
     return sources
 
