@@ -38,7 +38,7 @@ PKG = LIB.name
 INDEX = "_modidx.py"  # nbdev's list of names and pages; the site needs it, git does not keep it
 MAX_BYTES = 500_000  # of a notebook, outputs included
 LARGE = 40_000  # of a picture in base64: smaller ones are stored as they are
-ENOUGH = 72_000  # of a picture that was made smaller: half a dozen fit a notebook
+ENOUGH = 50_000  # of a picture that was made smaller: nine of them fit a notebook
 SKIP = "skip-execution"  # the tag by which nbclient, and so nbmake, leaves a cell out
 # "ddpo_train=ddpo_scratch.cli:ddpo_train" -> {"ddpo_train": "cli"}
 COMMANDS = dict(re.findall(rf"(\w+)={PKG}\.([\w.]+):", CFG["console_scripts"]))
@@ -152,14 +152,14 @@ def _smaller(encoded, kind):
     if kind == "image/jpeg":
         # half of JPEG's scale: titles of 9 points stay sharp
         return min(encoded, _encoded(picture, format="JPEG", quality=55, optimize=True), key=len)
-    for colours in (256, 64):
-        # without dithering, which would add noise that compresses badly
-        few = picture.quantize(colours, dither=Image.Dither.NONE)
-        encoded = min(encoded, _encoded(few, format="PNG", optimize=True), key=len)
-        if len(encoded) <= ENOUGH:
+    for colours in (256, 128, 96):
+        # k-means keeps black text black and a colour bar in order; no dithering, which would add
+        # noise that compresses badly
+        few = picture.quantize(colours, kmeans=2, dither=Image.Dither.NONE)
+        smaller = min(encoded, _encoded(few, format="PNG", optimize=True), key=len)
+        if len(smaller) <= ENOUGH:
             break
-        picture = few.convert("RGB")
-    return encoded
+    return smaller
 
 
 def _scrub_picture(data):
