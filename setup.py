@@ -1,5 +1,6 @@
 "Package metadata, all of it from settings.ini."
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,6 +15,17 @@ statuses = {"2": "Pre-Alpha", "3": "Alpha", "4": "Beta", "5": "Production/Stable
 readme = root / "README.md"
 lib = cfg["lib_name"]
 
+
+def with_addresses(text):
+    "Let README's pictures and links lead to the repository, for pages that show it elsewhere."
+    if not cfg["git_url"]:
+        return text
+    home, branch = cfg["git_url"].rstrip("/"), cfg["branch"]
+    near = r"\((?!https?:|#|mailto:)"
+    text = re.sub(rf"(!\[[^\]]*\]){near}", rf"\1({home}/raw/{branch}/", text)
+    return re.sub(rf"(?<!!)(\[[^\]]*\]){near}", rf"\1({home}/blob/{branch}/", text)
+
+
 extras = {name: cfg[f"{name}_requirements"].split() for name in cfg["extras"].split()}
 extras["all"] = sorted({requirement for name in extras for requirement in extras[name]})
 extras["dev"] = cfg["dev_requirements"].split() + extras["all"]  # the tests try every extra
@@ -22,7 +34,9 @@ setup(
     name=lib,
     version=cfg["version"],
     description=cfg["description"],
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description=with_addresses(
+        readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"]
+    ),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     url=cfg["git_url"] or None,

@@ -350,7 +350,7 @@ class Conditioning:
             moved[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
         return Conditioning(**moved)
 
-# %% ../nbs/book/01_diffusion.ipynb #c5360d18
+# %% ../nbs/book/01_diffusion.ipynb #fdf402e6
 class Denoiser(torch.nn.Module):
     "State what a model must offer to be sampled, replayed and trained in this book."
 
@@ -376,8 +376,21 @@ class Denoiser(torch.nn.Module):
         "Return a context manager: inside it, forward is the base policy."
         raise NotImplementedError
 
+    @property
+    def name(self) -> str:  # such as "tiny" or an id on the hub
+        "Name the model, for a run's records."
+        return type(self).__name__
+
+    def judges(self) -> tuple:  # of names of rewards
+        "Name rewards that may judge this model's pictures beside the one it is trained on."
+        return ()
+
     def place(self, device) -> "Denoiser":  # itself
         "Move every part to a device."
+        raise NotImplementedError
+
+    def resize(self, height, width) -> None:
+        "Draw pictures of this many pixels from now on; 0 leaves a side as it is."
         raise NotImplementedError
 
     def configure(
@@ -396,6 +409,7 @@ class Denoiser(torch.nn.Module):
         lora_alpha=None,  # scale of the LoRA is lora_alpha / lora_rank
         lora_targets="attention",  # which layers it changes
         seed=0,  # of its initial values
+        start_from="",  # whose weights it starts from in their place: a LoRA or a run
     ) -> list:  # parameters to train, float32 or wider
         "Freeze everything but what is to be trained."
         raise NotImplementedError

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-
 from ddpo_scratch import cli
 from ddpo_scratch.config import TrainConfig, preset_names, write_config
+from ddpo_scratch.drawing import mix_loras
 from ddpo_scratch.evaluate import fixed_seed_images
 from ddpo_scratch.models import sd
+from loras import random_lora
+from PIL import Image
 
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 TINY_RUN = """--num_epochs 1 --sample_num_steps 4 --sample_batch_size 4 --train_batch_size 2
@@ -23,40 +24,52 @@ TINY_RUN = """--num_epochs 1 --sample_num_steps 4 --sample_batch_size 4 --train_
 COMMANDS = ("ddpo_train", "ddpo_sample", "ddpo_eval")
 
 
-def run(command, *words):
-    "Run a command in a process of its own."
-    script = f"import sys; from ddpo_scratch.cli import {command}; sys.exit({command}())"
-    words = [sys.executable, "-c", script, *map(str, words)]
-    return subprocess.run(words, capture_output=True, text=True)
+def python(code, **options):
+    "Run Python in a process of its own."
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
 
 
-def help_of(command, capsys, monkeypatch, *words):
+def help_of(command, capsys, monkeypatch, *words, option="--help_all"):
     "Return a command's help, on one line."
     monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as exit:
-        getattr(cli, command)([*words, "--help"])
-    assert exit.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
-    return " ".join(" ".join(line.strip("│ ") for line in lines).split())
+    assert getattr(cli, command)([*words, option]) == 0
+    told = capsys.readouterr()
+    assert not told.err
+    return " ".join(told.out.split())
 
 
 def mistake(capsys, command, *words):
     "Return the one line that a command says of a mistake."
     assert getattr(cli, command)([*map(str, words)]) == 2
-    message = capsys.readouterr().err.strip()
+    told = capsys.readouterr()
+    message = told.err.strip()
     assert message.startswith("error: ") and "\n" not in message
     return message
 
 
-# Help
+# ---------------------------------------------------------------- help
 
 
-def test_help_names_every_field_and_preset(capsys, monkeypatch):
-    text = help_of("ddpo_train", capsys, monkeypatch)
+def test_help_names_every_field_in_one_group():
+    grouped = [name for names in cli.GROUPS.values() for name in names]
+    records = (cli.Layers, TrainConfig, cli.Asked)
+    fields = [field.name for record in records for field in dataclasses.fields(record)]
+    assert sorted(grouped) == sorted(fields)
+
+
+def test_help_shows_every_option_only_when_all_are_asked_for(capsys, monkeypatch):
+    everything = help_of("ddpo_train", capsys, monkeypatch)
+    short = help_of("ddpo_train", capsys, monkeypatch, option="--help")
     for name in FIELDS:
-        assert f"--{name}" in text
-    for name in preset_names():
-        assert name in text
+        assert f"--{name}" in everything
+    shown = set(re.findall(r" --(\w+)", short.partition("what people turn first:")[2]))
+    assert shown == {*cli._FIRST, "help_all", "list"} and len(cli._FIRST) == 10
+    for text in ("examples: ddpo_train ", "my_reward.py:redness", "--preset blog --dry_run"):
+        assert text in short and text in everything
+    for title in cli.GROUPS:
+        assert f"{title}: " in everything
+    assert short == help_of("ddpo_train", capsys, monkeypatch, option="-h")
+    assert everything == help_of("ddpo_train", capsys, monkeypatch, option="--help-all")
 
 
 def test_help_shows_the_comments_beside_and_above_fields(capsys, monkeypatch):
@@ -64,15 +77,16 @@ def test_help_shows_the_comments_beside_and_above_fields(capsys, monkeypatch):
     assert "--num_epochs INT epochs at most (default: 20)" in text
     assert "--lora_targets {attention,all}" in text
     assert "PPO's clip range; 0 picks 1e-4 scaled from 16,384 latent dimensions" in text
-    assert "--compile [true|false]" in text
+    assert "--allow_tf32 [true|false]" in text and "--compile torch.compile" in text
     assert "(default: the launcher's WORLD_SIZE, or 1)" in text
+    assert "FILE.yaml of your own" in text and "'inherits: NAME'" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_help(command, capsys, monkeypatch):
     "An option without a comment shows its type and its default alone."
-    text = help_of(command, capsys, monkeypatch)
-    options = re.split(r" --(?=[a-z])", text)
+    text = help_of(command, capsys, monkeypatch).partition("OPTIONS]")[2]
+    options = re.split(r" --(?=[a-z])", text.rpartition("examples:")[2].partition(": ")[2])
     assert len(options) > 8
     for option in options[1:]:
         _, *words = option.split("(")[0].split()
@@ -86,24 +100,69 @@ def test_help_shows_the_values_of_the_preset(capsys, monkeypatch):
 
 @pytest.mark.parametrize("command", ("ddpo_sample", "ddpo_eval"))
 def test_help_says_what_a_run_decides(command, capsys, monkeypatch):
-    text = help_of(command, capsys, monkeypatch)
+    text = help_of(command, capsys, monkeypatch, option="--help")
     assert "denoising steps; without a run, 20 for tiny, else 50 (default: the run's)" in text
     assert "--lora FOLDER a run's folder" in text
+    assert "(default: the run's, or tiny)" in text or "(default: tiny)" in text
+    assert re.search(r"--seed INT [^-]*\(default: \d\)", text)
 
 
-def test_help_says_what_a_model_is_drawn_from_without_a_run():
-    tiny, other = cli._usual_numbers("tiny", None), cli._usual_numbers("owner/model", None)
-    assert (tiny["guidance_scale"], tiny["num_steps"], tiny["eta"]) == (3.0, 20, 1.0)
-    assert (other["guidance_scale"], other["num_steps"], other["eta"]) == (5.0, 50, 1.0)
+def test_help_and_mistakes_do_without_torch():
+    done = python(
+        "import sys; from ddpo_scratch import cli\n"
+        "assert cli.ddpo_train(['--help']) == cli.ddpo_sample(['--help']) == 0\n"
+        "assert cli.ddpo_train(['--epochs', '3']) == cli.ddpo_eval(['--n', '1']) == 2\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'matplotlib'}\n"
+        "print(*heavy & {name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and "usage: ddpo_train [OPTIONS]" in done.stdout
+    assert lines[0] == "error: no option --epochs: did you mean --num_epochs?"
+    assert lines[-1] == "", f"imported: {lines[-1]}"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_process_ends_well_after_help(command):
-    done = run(command, "--help")
-    assert done.returncode == 0 and command in done.stdout and not done.stderr
+def test_the_version(capsys):
+    for command in COMMANDS:
+        assert getattr(cli, command)(["--version"]) == 0
+        told = capsys.readouterr().out
+        assert told.startswith("ddpo_scratch 0.") and "torch 2." in told and "Python 3" in told
 
 
-# Options over file over run over preset
+@pytest.mark.parametrize("kind", ("rewards", "prompts", "presets", "methods"))
+def test_lists_have_a_line_each(capsys, kind):
+    from ddpo_scratch.methods.base import method_names
+    from ddpo_scratch.prompts import SOURCES
+    from ddpo_scratch.rewards.base import REWARDS
+
+    assert cli.ddpo_train(["--list", kind]) == 0
+    *lines, blank, own = capsys.readouterr().out.splitlines()
+    names = dict(rewards=[*REWARDS], prompts=[*SOURCES], presets=preset_names())
+    names["methods"] = list(method_names())
+    assert [line.split()[0] for line in lines] == sorted(names[kind]) and not blank and own
+    assert all(len(line.split()) > 2 for line in lines), lines
+
+
+def test_the_list_of_rewards_says_units(capsys):
+    assert cli.ddpo_eval(["--list", "rewards"]) == 0
+    assert re.search(r"^jpeg_compressibility .*\[kB\]$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_commands_run_as_a_module():
+    words = [sys.executable, "-m", "ddpo_scratch.cli"]
+    done = subprocess.run([*words, "train", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("ddpo_scratch") and not done.stderr
+
+
+def test_the_module_without_a_command_says_what_to_write(capsys):
+    for words in ([], ["paint"]):
+        assert cli.main(words) == 2
+        told = capsys.readouterr().err
+        assert "usage: python -m ddpo_scratch.cli train|sample|eval" in told
+        assert all(command in told for command in COMMANDS)
+    assert cli.main(["ddpo_sample", "--version"]) == 0
+
+
+# ---------------------------------------------------------------- options over file over run
 
 
 def test_options_lie_over_a_file_over_the_preset(tmp_path):
@@ -121,16 +180,28 @@ def test_a_preset_that_is_given_lies_over_the_one_in_a_file(tmp_path):
     assert (c.method, c.seed, c.train_batch_size) == ("ddpo_sf", 5, 64)
 
 
-def test_options_lie_over_a_file_over_the_run_that_is_resumed(tmp_path):
-    folder = tmp_path / "run"
+def test_a_preset_may_be_a_file_that_inherits(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("inherits: tiny_rwr\nconfig:\n  seed: 5\n")
+    c = cli.parse_train(["--preset", str(path)])
+    assert (c.method, c.seed) == ("rwr", 5)
+
+
+def a_run(folder, **fields):
+    "Make a folder with the configuration and a checkpoint of a run, as far as options need it."
     checkpoint = folder / "checkpoints" / "epoch_0001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
     for place in (folder, checkpoint):
-        write_config(TrainConfig(num_epochs=3, seed=4, lora_rank=2), place)
+        write_config(TrainConfig(**fields), place)
+    return checkpoint
+
+
+def test_options_lie_over_a_file_over_the_run_that_is_resumed(tmp_path):
+    checkpoint = a_run(tmp_path / "run", num_epochs=3, seed=4, lora_rank=2)
     path = tmp_path / "mine.yaml"
     path.write_text("num_epochs: 7\nseed: 5\n")
-    words = ["--config", str(path), "--seed", "6", "--resume_from", str(folder)]
+    words = ["--config", str(path), "--seed", "6", "--resume_from", str(tmp_path / "run")]
     c = cli.parse_train(words)
     assert (c.num_epochs, c.seed, c.lora_rank) == (7, 6, 2)
     assert Path(c.resume_from) == checkpoint
@@ -166,33 +237,93 @@ def test_a_true_or_false_option_may_stand_alone():
     assert (c.compile, c.gradient_checkpointing, c.push_to_hub) == (True, False, True)
 
 
-@pytest.mark.parametrize("word,value", cli._TRUTH.items())
+@pytest.mark.parametrize(
+    "word,value", dict(true=True, yes=True, on=True, false=False, no=False, off=False).items()
+)
 def test_words_for_true_and_false(word, value):
     for spelling in (word, word.upper()):
         assert cli.parse_train(["--use_lora", spelling]).use_lora is value
 
 
-# Mistakes
+# ---------------------------------------------------------------- a model of another kind
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_another_model_gets_a_preset_that_fits_and_says_so(capsys):
+    c = cli.parse_train(["--model", SD15, "--reward_fn", "aesthetic"])
+    told = capsys.readouterr().out
+    taken = re.match(r"--preset (\w+) is taken, which fits \S+; others: \w+", told)
+    assert taken and taken[1] in preset_names() and not taken[1].startswith("tiny")
+    assert (c.model, c.reward_fn) == (SD15, "aesthetic")
+    assert c == dataclasses.replace(
+        cli.parse_train(["--preset", taken[1], "--model", SD15]), reward_fn="aesthetic"
+    )
+    assert c.train_learning_rate < 1e-3 and c.sample_num_steps > 20
+
+
+def test_a_model_that_no_preset_fits_stops_and_three_are_named(capsys, monkeypatch):
+    message = mistake(capsys, "ddpo_train", "--model", "somebody/their-model", "--dry_run")
+    assert "no preset is known to fit 'somebody/their-model'" in message
+    assert "--preset a100_sd15, a100_sdxl, t4_sd15, or --preset tiny" in message
+
+
+def test_a_preset_that_is_named_is_taken_without_a_word(capsys):
+    assert cli.parse_train(["--preset", "tiny", "--model", SD15]).sample_num_steps == 20
+    assert cli.parse_train([]).model == "tiny"
+    assert not capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
     "words,message",
     [
-        ("--num_epoch 3", "--num_epochs"),
-        ("--num_epochs three", "--num_epochs"),
-        ("--num_epochs", "--num_epochs"),
-        ("--use_lora maybe", "--use_lora"),
-        ("--use_lora true false", "--use_lora"),
-        ("--mixed_precision fp8", "--mixed_precision"),
-        ("--world two", "--world"),
-        ("stray", "stray"),
+        ("--num_epoch 3", "no option --num_epoch: did you mean --num_epochs"),
+        ("--epochs 3", "no option --epochs: did you mean --num_epochs?"),
+        ("--learning_rate 1", "no option --learning_rate: did you mean --train_learning_rate?"),
+        ("--lr 1", "no option --lr: did you mean --train_learning_rate?"),
+        ("--qqqqq", "no option --qqqqq: ddpo_train --help lists them"),
+        ("--num_epochs three", "--num_epochs 'three': should be a valid integer"),
+        ("--num_epochs", "--num_epochs needs a value: INT"),
+        ("--use_lora maybe", "'maybe' belongs to no option; --use_lora takes [true|false]"),
+        ("--use_lora true false", "'false' belongs to no option; --use_lora takes"),
+        ("--mixed_precision fp8", "--mixed_precision 'fp8': should be 'no', 'bf16' or 'fp16'"),
+        ("--world two", "--world 'two'"),
+        ("--world 0", "--world '0': should be greater than 0"),
+        ("stray", "'stray' belongs to no option"),
     ],
 )
-def test_words_that_do_not_fit_end_with_exit_code_2(words, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.ddpo_train(words.split())
+def test_words_that_do_not_fit_are_two_lines(words, message, capsys):
+    assert cli.ddpo_train(words.split()) == 2
     told = capsys.readouterr()
-    assert exit.value.code == 2 and message in told.err and not told.out
+    first, second = told.err.splitlines()
+    assert first.startswith(f"error: {message}") and not told.out
+    assert second == "usage: ddpo_train [OPTIONS]  (--help lists them)"
+
+
+NUMBERS = [
+    (command, name)
+    for command, parser in zip(
+        COMMANDS, (cli._train_parser(), cli._sample_parser(), cli._eval_parser())
+    )
+    for name, option in parser.options.items()
+    if "NUMBER" in option.metavar or "INT" in option.metavar
+]
+
+
+@pytest.mark.parametrize("word", ("nan", "inf", "-inf"))
+@pytest.mark.parametrize("command,name", NUMBERS)
+def test_no_number_is_infinite_or_none(command, name, word, capsys, tmp_path):
+    "What clips may be infinite, and then clips nothing."
+    if word == "inf" and name in ("train_max_grad_norm", "train_adv_clip_max"):
+        return
+    first = [] if command == "ddpo_train" else ["a fox"]
+    if command == "ddpo_eval":
+        first = ["tiny"]
+    assert getattr(cli, command)([*first, f"--{name}={word}"]) == 2
+    assert name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -200,8 +331,7 @@ def test_words_that_do_not_fit_end_with_exit_code_2(words, message, capsys):
     [
         (["--preset", "tinny"], "unknown preset 'tinny'"),
         (["--method", "ppo"], "'ppo'"),
-        (["--lora_rank", "0"], "lora_rank is 0"),
-        (["--world", "0"], "--world is 0"),
+        (["--lora_rank", "0"], "lora_rank"),
         (["--reward_fn", "jpg"], "'jpg'"),
         (["--prompt_fn", "animals"], "'animals'"),
         (["--model", "./nowhere"], "no model './nowhere'"),
@@ -211,20 +341,22 @@ def test_words_that_do_not_fit_end_with_exit_code_2(words, message, capsys):
         (["--prompt_fn", "missing.txt"], "no file"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, words, message):
-    assert message in mistake(capsys, "ddpo_train", *words, "--logdir", tmp_path)
+@pytest.mark.parametrize("dry", ([], ["--dry_run"]))
+def test_mistakes_leave_nothing(tmp_path, capsys, words, message, dry):
+    assert cli.ddpo_train([*words, *dry, "--logdir", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and message in told
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["--n", "1"], "a standard error needs at least 2"),
-        (["--base"], "there is none"),
+        (["--base"], "there is no LoRA"),
         (["no/such/model"], "no/such/model"),
         (["--rewards", "brightnes"], "did you mean brightness"),
         (["--prompts", "animals"], "'animals'"),
-        (["--lora", "a", "--lora", "b", "--lora_weight", "1"], "2 LoRAs and 1 weights"),
+        (["--lora", "a", "--lora", "b", "--lora_weight", "1"], "2 and 1: give a weight for each"),
     ],
 )
 def test_mistakes_of_an_evaluation(tmp_path, capsys, words, message):
@@ -236,33 +368,111 @@ def test_mistakes_of_an_evaluation(tmp_path, capsys, words, message):
     "words,message",
     [
         ([], "no prompt: give one or more"),
-        (["a fox", "--n", "0"], "--n is 0, but must be at least 1"),
-        (["a fox", "--lora", "nowhere"], "no LoRA in 'nowhere'"),
+        ([" "], "no prompt: give one or more"),
+        (["a fox", "--lora", "nowhere"], "'nowhere'"),
+        (["a fox", "--lora_weight", "0.5"], "0 and 1: give a weight for each"),
     ],
 )
-def test_mistakes_of_drawing(capsys, words, message):
+def test_mistakes_of_drawing(capsys, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert message in mistake(capsys, "ddpo_sample", *words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reward_that_fails_stops_with_one_line(tmp_path, monkeypatch, capsys):
     code = "def reward(images, prompts, metadata): raise ConnectionError('no answer')\n"
     (tmp_path / "failing.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     words = "--reward_fn failing:reward --sample_num_steps 2 --sample_batch_size 4".split()
     words += "--eval_num_images 0 --stop_gain 0".split()
     assert cli.ddpo_train([*words, "--logdir", str(tmp_path / "runs")]) == 2
     told = capsys.readouterr()
-    assert "error: reward 'reward' failed on 4 pictures" in told.err
+    assert "failed on 4 pictures" in told.err and told.err.count("\n") == 1
     assert "ConnectionError: no answer" in told.err and "resume" not in told.err
-    assert "stopped in epoch 1; no epoch was finished, so nothing is saved" in told.out
+    assert "no epoch was finished" in told.out
 
 
-def test_a_command_that_trains_nothing_promises_nothing(capsys):
+def test_what_libraries_raise_is_a_line(tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(b"\x40\0\0\0\0\0\0\0{")
+
+    class HubError(Exception):
+        pass
+
+    HubError.__module__ = "huggingface_hub.errors"
+
+    def raising(error):
+        def run(words):
+            raise error
+
+        return cli._command(run)([])
+
+    assert cli._command(lambda words: load_file(cut))([]) == 2
+    assert "a file of weights is damaged" in capsys.readouterr().err
+    assert raising(HubError("401 Client Error\n\nfor x")) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: 401 Client Error for x; is there a network?")
+    assert told.count("\n") == 1 and "folder" in told
+    assert raising(torch.cuda.OutOfMemoryError("CUDA out of memory")) == 2
+    assert "the memory is full: try a smaller" in capsys.readouterr().err
+
+
+def test_without_network_nobody_waits_for_the_hub(monkeypatch, capsys):
+    "The hub's library would ask five times, 8 seconds apart."
+    from huggingface_hub import constants
+
+    def nobody(host, port):
+        asked.append(host)
+        raise OSError("Name or service not known")
+
+    asked = []
+    for name in ("HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cli.socket, "getaddrinfo", nobody)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for model in ("tiny", ".", "./a/b", "a/b/c", "owner/model"):
+        cli._offline_without_network(model)
+    assert not asked  # who says HF_HUB_OFFLINE has said what to do
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for model in ("tiny", ".", "./a/b", "a/b/c"):
+        cli._offline_without_network(model)
+    assert not asked
+    message = mistake(capsys, "ddpo_sample", "a fox", "--model", "owner/nonexistent")
+    assert asked[0] == "huggingface.co" and constants.HF_HUB_OFFLINE is True
+    assert "no model 'owner/nonexistent'" in message and "folder" in message
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # and what the test found is put back
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    for error in (KeyError("x"), AttributeError("x"), TypeError("x"), AssertionError("x")):
+
+        def run(words, error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            cli._command(run)([])
+
+
+def test_a_stop_is_a_word(capsys):
     def stopped(args):
         raise KeyboardInterrupt
 
     assert cli._command(stopped)([]) == 2
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_a_run_that_is_stopped_says_it_once(capsys, monkeypatch):
+    "Where a run can go on, fit has said."
+
+    def stopped(config, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddpo_scratch.train.fit", stopped)
+    assert cli.ddpo_train([]) == 2
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("setting,threads", [(None, min(2, os.cpu_count())), ("1", 1)])
@@ -273,21 +483,193 @@ def test_two_threads_where_there_are_two(monkeypatch, setting, threads):
         monkeypatch.setenv("OMP_NUM_THREADS", setting)
     try:
         torch.set_num_threads(1)
-        assert cli._command(lambda args: torch.get_num_threads())([]) == threads
+        cli._make_ready()
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
 
 
-# Dry runs
+# ---------------------------------------------------------------- nothing runs that was only read
+
+HOSTILE = [
+    "os:system('touch PWNED')",
+    "os.system('touch PWNED')",
+    "subprocess:Popen(['touch', 'PWNED'])",
+    "brightness + 0*os:system('touch PWNED')",
+    "2*(brightness - os:system('touch PWNED'))",
+    "evil.py:reward",
+    "./evil.py:reward",
+    "evil:reward",
+    "evil:json",
+    "evil.json",
+    "evil.tsv",
+    "evil.reward",
+]
+EVIL = "open('PWNED', 'w').close()\ndef reward(images, prompts, metadata): return images.mean()\n"
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    "Stand in a folder with code that leaves a mark; return a function that makes a run's folder."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    (tmp_path / "evil.py").write_text(EVIL)
+
+    def make(**fields):
+        a_run(tmp_path / "run", **fields)
+        (tmp_path / "run" / "evil.py").write_text(EVIL)
+        return "run"
+
+    yield make
+    sys.modules.pop("evil", None)
+
+
+@pytest.mark.parametrize("dry", ([], ["--dry_run"]))
+@pytest.mark.parametrize("field", ("reward_fn", "prompt_fn", "eval_judges"))
+@pytest.mark.parametrize("text", HOSTILE)
+def test_resuming_a_strangers_run_runs_nothing(stranger, capsys, text, field, dry):
+    run = stranger(**{field: text})
+    message = mistake(capsys, "ddpo_train", "--resume_from", run, *dry)
+    assert not Path("PWNED").exists()
+    assert f"run/checkpoints/epoch_0001/config.yaml is {text!r}" in message
+    assert message.startswith(f"error: {field} in ")
+    assert f"--{field} " in message and "--trust" in message
+
+
+def test_judges_among_others_run_nothing(stranger, capsys):
+    for text in ("brightness, os:system('touch PWNED, x')", "brightness,evil.reward( 'a, b')"):
+        words = ["--eval_judges", "brightness"]
+        write_config(TrainConfig(eval_judges=text), Path("."))
+        assert "eval_judges" in mistake(capsys, "ddpo_train", "--config", "config.yaml")
+        assert cli.parse_train(["--config", "config.yaml", *words]).eval_judges == "brightness"
+    assert not Path("PWNED").exists()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_strangers_files_run_nothing(stranger, capsys, text):
+    Path("flat.yaml").write_text(f"reward_fn: {json.dumps(text)}\n")
+    Path("preset.yaml").write_text(f"config:\n  prompt_fn: {json.dumps(text)}\n")
+    Path("child.yaml").write_text("inherits: preset.yaml\nconfig: {}\n")
+    Path("names.yaml").write_text("preset: preset.yaml\n")
+    for option, name in (
+        ("--config", "flat.yaml"),
+        ("--preset", "flat.yaml"),
+        ("--preset", "preset.yaml"),
+        ("--preset", "child.yaml"),
+        ("--config", "names.yaml"),
+    ):
+        assert "--trust" in mistake(capsys, "ddpo_train", option, name, "--dry_run")
+    assert cli.ddpo_train(["--help", "--preset", "preset.yaml"]) == 0
+    assert not Path("PWNED").exists()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_strangers_run_is_measured_with_nothing_of_its_own(stranger, capsys, text):
+    run = stranger(reward_fn=text, prompt_fn=text, eval_judges=text)
+    (Path(run) / "pytorch_lora_weights.safetensors").touch()
+    message = mistake(capsys, "ddpo_eval", run)
+    assert not Path("PWNED").exists()
+    assert f"reward_fn in run/config.yaml is {text!r}" in message
+    assert "--rewards " in message and "--trust" in message
+
+
+def test_a_strangers_run_is_drawn_from_with_nothing_of_its_own(stranger):
+    run = stranger(**dict.fromkeys(("reward_fn", "prompt_fn", "eval_judges"), HOSTILE[0]))
+    random_lora(1, run)
+    assert cli.ddpo_sample(["a fox", "--lora", run, "--num_steps", "2"]) == 0
+    assert cli.ddpo_sample(["a fox", "--model", run, "--num_steps", "2"]) == 0
+    assert not Path("PWNED").exists()
+    assert len(list(Path("samples").iterdir())) == 2
+
+
+def test_code_of_a_models_folder_does_not_run(stranger, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(sd.TINY, "model")
+    index = json.loads(Path("model/model_index.json").read_text())
+    for part, folder in (("unet", "model"), ("text_encoder", "model/text_encoder")):
+        (tmp_path / folder / "evil.py").write_text(EVIL)
+        bad = index | {part: ["evil", "Evil"]}
+        Path("model/model_index.json").write_text(json.dumps(bad))
+        assert "error: " in mistake(capsys, "ddpo_sample", "a fox", "--model", "./model")
+    assert not Path("PWNED").exists()
+
+
+def test_what_is_named_on_the_command_line_is_used(stranger, monkeypatch):
+    "Asked for by name, or by --trust: the same text, or the file's."
+    run = stranger(reward_fn="evil:reward", prompt_fn="evil:prompts")
+    named = ["--reward_fn", "evil:reward", "--prompt_fn", "evil:prompts"]
+    for words in (named, ["--trust"]):
+        c = cli.parse_train(["--resume_from", run, *words])
+        assert (c.reward_fn, c.prompt_fn) == ("evil:reward", "evil:prompts")
+    other = ["--reward_fn", "brightness", "--prompt_fn", "common_animals"]
+    assert cli.parse_train(["--resume_from", run, *other]).reward_fn == "brightness"
+
+
+@pytest.mark.parametrize("words", (["--trust"], ["--rewards", "evil.py:reward"]))
+def test_a_run_that_is_trusted_runs_its_code(stranger, words):
+    "The marks that the other tests miss are really left."
+    run = stranger(reward_fn="evil.py:reward")
+    random_lora(1, run)
+    words += "--n 2 --num_steps 1 --prompts common_animals".split()
+    assert cli.ddpo_eval([run, *words]) == 2  # images.mean() is not a number a picture
+    assert Path("PWNED").exists()
+
+
+def test_data_needs_no_trust(stranger):
+    Path("my.prompts").write_text("a fox\n")
+    texts = ["prompts.txt", "./dir.d/prompts.jsonl", "my.prompts", "from_list(['a: b', 'c.d e:f'])"]
+    for text in texts:
+        assert cli._code_in("prompt_fn", text) == [], text
+    for text in ("brightness - 0.5*target_color('a:b.c')", "llava(server='http://a.b:80/x')"):
+        assert cli._code_in("reward_fn", text) == [], text
+
+
+def test_a_part_that_was_passed_from_python_is_asked_for(stranger, capsys):
+    for text in ("__main__:mine", "my:make.<locals>.mine", "mine:Judge(...)"):
+        write_config(TrainConfig(reward_fn=text), Path("."))
+        message = mistake(capsys, "ddpo_train", "--config", "config.yaml")
+        assert "was passed from Python" in message and "give --reward_fn" in message
+
+
+def test_modules_of_the_working_directory_are_not_imported(tmp_path):
+    "Optional packages that are not installed were picked up where the command ran."
+    for name in ("sentencepiece", "flash_attn", "bitsandbytes", "xformers", "evil"):
+        (tmp_path / f"{name}.py").write_text(EVIL)
+    command = Path(sys.executable).with_name("ddpo_sample")
+    words = [command, "a fox", "--num_steps", "1"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "PWNED").exists() and (tmp_path / "samples").is_dir()
+
+
+def test_commands_leave_the_path_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert cli.ddpo_train(["--dry_run"]) == 0
+    assert sys.path == before and str(tmp_path) not in sys.path
+
+
+# ---------------------------------------------------------------- dry runs
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_dry_run_of_every_preset(tmp_path, capsys, name):
-    assert cli.ddpo_train(["--preset", name, "--dry_run", "--logdir", str(tmp_path)]) == 0
+def test_dry_run_of_every_preset(tmp_path, capsys, name, monkeypatch):
+    "No preset's dry run asks the network for anything."
+    import socket
+
+    def no_network(*args, **options):
+        raise AssertionError("a dry run asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    # three presets take prompts that their user must bring
+    (tmp_path / "hps_v2_all.txt").write_text("a fox\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.ddpo_train(["--preset", name, "--dry_run"]) == 0
     out = capsys.readouterr().out
-    for part in ("effective batch", "memory, estimated", "reward queries"):
+    for part in ("effective batch", "memory", "reward queries"):
         assert part in out
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["hps_v2_all.txt"]
 
 
 def test_dry_run_is_for_as_many_processes_as_are_meant(capsys, monkeypatch):
@@ -299,36 +681,74 @@ def test_dry_run_is_for_as_many_processes_as_are_meant(capsys, monkeypatch):
     assert "288 (48 on each of 6 processes)" in capsys.readouterr().out
 
 
-# Runs
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("--reward_fn doesnotexist", "doesnotexist"),
+        ("--eval_judges brightness,doesnotexist", "doesnotexist"),
+        ("--prompt_fn doesnotexist.txt", "doesnotexist.txt"),
+        ("--model ./doesnotexist", "doesnotexist"),
+        ("--start_from ./doesnotexist", "doesnotexist"),
+        ("--lora_targets some", "--lora_targets"),
+        ("--preset tiny --model MODEL --lora_targets all", "has no such layers"),
+    ],
+)
+def test_a_dry_run_checks_what_a_run_needs(words, message, capsys, monkeypatch):
+    sizes = dict(network=1, text=1, vae=1, attention=1, all=0)
+    if "MODEL" in words:
+        monkeypatch.setattr("ddpo_scratch.models.base.sizes", lambda name: sizes)
+        monkeypatch.setattr("ddpo_scratch.models.base.find_model", str)
+    assert cli.ddpo_train([*words.split(), "--dry_run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_judges_are_parted_at_commas_outside_of_brackets():
+    c = TrainConfig(eval_judges="brightness, target_color('teal', 2) ,redness")
+    assert cli._judges(c) == ["brightness", "target_color('teal', 2)", "redness"]
+    assert cli._judges(TrainConfig()) == cli._judges(TrainConfig(eval_judges="")) == []
+
+
+# ---------------------------------------------------------------- runs
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     "A run of one epoch, and what its process printed."
     logdir = tmp_path_factory.mktemp("runs")
-    done = run("ddpo_train", "--logdir", logdir, *TINY_RUN)
+    words = ["--logdir", str(logdir), *TINY_RUN]
+    done = python(f"import sys; from ddpo_scratch import cli; sys.exit(cli.ddpo_train({words!r}))")
     assert done.returncode == 0, done.stderr
     return logdir / "ddpo_is-jpeg_compressibility-001", done.stdout
 
 
-def test_training_leaves_files_and_says_what_it_did(trained):
+def test_training_says_what_it_does_and_did(trained):
     folder, out = trained
-    assert "\r" not in out and "\nepoch 1: reward" in out  # no bar in a log
-    assert "fixed seeds, 2 pictures: reward" in out and f"wrote {folder}" in out
-    names = {path.name for path in folder.iterdir()}
-    assert {"before_after.png", "reward_curve.png", "metrics.jsonl", "config.yaml"} <= names
-    assert (folder / "report.json").is_file()
-    assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    first, *_ = out.splitlines()
+    assert first.startswith("ddpo_is trains a LoRA of rank 8 of tiny: reward jpeg_compressibility")
+    assert first.endswith("at most 1 epoch of 4 pictures and 2 updates")
+    assert "\r" not in out and "epoch 1" in out  # no bar in a log
+    assert "2 pictures at fixed seeds" in out and "kB before" in out
+    assert f'ddpo_sample "a cat" --lora {folder}' in out
+    page = folder / "report.html"
+    assert page.is_file() and f"open     {page}" in out
+    assert "would rise further" not in out and "1 epochs" not in out and "too much" not in out
 
 
-def test_a_run_is_drawn_from_and_measured(trained, tmp_path):
+def test_a_run_is_drawn_from_and_measured(trained, tmp_path, capsys):
     folder, _ = trained
-    words = ["a fox", "an owl", "--lora", folder, "--num_steps", 4, "--out", tmp_path]
+    words = ["a fox", "an owl", "--lora", folder, "--num_steps", 4, "--out", tmp_path, "--grid"]
     assert cli.ddpo_sample([*map(str, words)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"a_fox-0-0.png", "an_owl-0-1.png"}
-    assert Image.open(tmp_path / "a_fox-0-0.png").size == (64, 64)
-    words = "--base --prompts other_animals --n 3 --num_steps 4 --rewards".split()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a_fox-0-0.png", "an_owl-0-1.png", "sheet-0-0.png"}
+    picture = Image.open(tmp_path / "a_fox-0-0.png")
+    assert picture.size == (256, 256) and picture.text["lora"] == json.dumps([str(folder)])
+    words = "--base --prompts other_animals other_animals --n 3 --num_steps 4 --rewards".split()
+    capsys.readouterr()
     assert cli.ddpo_eval([str(folder), *words, "jpeg_compressibility", "0.5*brightness"]) == 0
+    out = capsys.readouterr().out
+    assert "note: --prompts names other_animals more than once: measured once" in out
+    assert "6 pictures: 3 of each of 2 lists, with and without LoRA" in out
+    assert "jpeg_compressibility [kB]" in out
     record = json.loads((folder / "ddpo_eval.json").read_text())
     assert list(record["lists"]) == ["other_animals", "other_animals, base"]
     assert (record["model"], record["lora"]) == ("tiny", [str(folder)])
@@ -338,65 +758,115 @@ def test_a_run_is_drawn_from_and_measured(trained, tmp_path):
     assert base["se"] > 0
 
 
-def test_a_run_is_resumed(tmp_path):
-    assert cli.ddpo_train([*TINY_RUN, "--logdir", str(tmp_path)]) == 0
+def test_a_run_is_resumed(tmp_path, capsys):
+    words = "--eval_num_images 0 --stop_gain 0".split()
+    assert cli.ddpo_train([*TINY_RUN, *words, "--logdir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert ".png" not in out and "fixed seeds" not in out  # nothing that was not written
     folder = tmp_path / "ddpo_is-jpeg_compressibility-001"
-    assert cli.ddpo_train(["--resume_from", str(folder), "--num_epochs", "2"]) == 0
+    assert cli.ddpo_train(["--resume_from", str(folder), "--num_epochs", "2", "--verbose"]) == 0
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert [row["epoch"] for row in rows] == [1, 2]
 
 
-def test_a_reward_in_the_current_folder_is_found_by_the_installed_command(tmp_path):
+def test_a_reward_in_a_file_of_the_current_folder_is_found(tmp_path):
     code = "def reward(images, prompts, metadata): return images.mean((1, 2, 3)), {}\n"
     (tmp_path / "mine.py").write_text(code)
     command = Path(sys.executable).with_name("ddpo_eval")
-    words = "tiny --rewards mine:reward --prompts common_animals --n 2 --num_steps 2".split()
+    words = "tiny --prompts common_animals --n 2 --num_steps 2 --rewards".split()
+    words += ["mine:reward", "mine.py:reward"]
     done = subprocess.run([command, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "mine:reward" in (tmp_path / "ddpo_eval.json").read_text()
+    record = json.loads((tmp_path / "ddpo_eval.json").read_text())
+    first, second = record["lists"]["common_animals"]["rewards"].values()
+    assert first == second
 
 
-# Drawing
+# ---------------------------------------------------------------- last words
 
 
-def random_lora(seed, folder):
-    "Save a LoRA whose B is not zero."
-    denoiser = sd.denoiser_for(sd.load_pipeline("tiny"))
-    for i, p in enumerate(sd.add_lora(denoiser, rank=4, seed=seed)):
-        generator = torch.Generator().manual_seed(100 * seed + i)
-        p.data = torch.randn(p.shape, generator=generator) * 0.1
-    sd.save_lora(denoiser, folder)
-    return folder
+def closing(tmp_path, report, **fields):
+    "Return the lines that end a run with this report."
+    if report is not None:
+        (tmp_path / "report.json").write_text(json.dumps(report))
+    return list(cli._closing_lines(tmp_path, TrainConfig(**fields), "a fox"))
 
 
-def fused(folders, weights=None):
-    "Return the weights of the queries with a mixture of LoRAs added to them."
-    network = cli.mix_loras(sd.load_pipeline("tiny"), folders, weights).unet
-    network.fuse_lora()
-    end = "to_q.base_layer.weight"
-    return {k: p.detach().clone() for k, p in network.named_parameters() if k.endswith(end)}
+REPORT = dict(
+    unit="kB",
+    before=dict(n=45, reward_mean=-2.394, reward_se=0.044),
+    after=dict(n=45, reward_mean=-1.95, reward_se=0.05),
+    difference=dict(mean=0.444, se=0.021),
+    gain=0.15,
+    judges={},
+)
 
 
-def test_loras_of_two_rewards_mix(tmp_path):
-    "Weights 1 and 0 are the first alone; a half and a quarter add as the formula says."
-    a, b = random_lora(1, tmp_path / "1"), random_lora(2, tmp_path / "2")
-    plain = dict(sd.load_pipeline("tiny").unet.named_parameters())
-    one, two = fused([a]), fused([b])
-    half, off = fused([a, b], [0.5, 0.25]), fused([a, b], [1.0, 0.0])
-    assert len(one) > 4
-    for name, weight in one.items():
-        base = plain[name.replace(".base_layer", "")]
-        assert (weight - base).abs().max() > 0.01
-        assert torch.allclose(off[name], weight, atol=1e-6)
-        mixed = 0.5 * (weight - base) + 0.25 * (two[name] - base)
-        assert torch.allclose(half[name] - base, mixed, atol=1e-5)
+def test_numbers_have_units_and_a_paired_difference(tmp_path):
+    _, line, _ = closing(tmp_path, REPORT)
+    assert line == (
+        "mean reward of 45 pictures at fixed seeds: -2.394 ± 0.044 kB before, -1.950 ± 0.050 kB "
+        "after; difference, picture by picture: 0.444 ± 0.021 kB"
+    )
+    one = REPORT | dict(after=REPORT["after"] | dict(n=1))
+    assert "mean reward of 1 picture at" in closing(tmp_path, one)[1]
+
+
+def test_a_run_without_pictures_promises_none(tmp_path):
+    for report in (None, dict(epochs=1, findings=[])):
+        lines = closing(tmp_path, report)
+        assert lines == [f"open     {tmp_path}", f'draw     ddpo_sample "a fox" --lora {tmp_path}']
+
+
+def test_how_to_go_on_stands_only_where_the_goal_stopped_the_run(tmp_path):
+    for gain, said in ((0.25, True), (0.4, True), (0.2, False), (-0.3, False)):
+        lines = closing(tmp_path, REPORT | dict(gain=gain), stop_gain=0.25)
+        assert any("at the pictures' cost" in line for line in lines) is said
+    assert f"--resume_from {tmp_path} --stop_gain 0.5" in "".join(
+        closing(tmp_path, REPORT | dict(gain=0.3), stop_gain=0.25)
+    )
+    assert len(closing(tmp_path, REPORT, stop_gain=0.0)) == 3
+
+
+def test_too_much_stands_only_where_a_judge_fell(tmp_path):
+    judges = dict.fromkeys(("clip", "animal", "other"), {})
+    findings = [f"{name} fell from 3 to 1: it is so" for name in ("clip", "animal")]
+    lines = closing(tmp_path, REPORT | dict(judges=judges, findings=findings))
+    (line,) = [line for line in lines if line.startswith("too much?")]
+    assert "clip and animal fell" in line and line.endswith(f"--lora {tmp_path} --lora_weight 0.5")
+    assert not any("too much" in line for line in closing(tmp_path, REPORT))
+
+
+def test_the_command_that_draws_fits_the_run(tmp_path):
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    assert closing(folder, None)[1].endswith(f"--lora '{folder}'")
+    assert closing(folder, None, use_lora=False)[1].endswith(f"--model '{folder}'")
+
+
+def test_tensorboard_is_told_how_to_open(tmp_path):
+    assert (
+        closing(tmp_path, None, log_with="tensorboard")[-1] == "curves   tensorboard --logdir runs"
+    )
+
+
+def test_long_texts_are_cut_in_the_first_line():
+    c = TrainConfig(prompt_fn=f"from_list({['cat'] * 45!r})", num_epochs=2)
+    line = cli._opening_line(c, 3)
+    assert "prompts from_list(['cat', 'cat'" in line and "...; at most 2 epochs of 192" in line
+    assert len(line) < 250 and "the whole network of" in cli._opening_line(
+        TrainConfig(use_lora=False), 1
+    )
+
+
+# ---------------------------------------------------------------- drawing
 
 
 def test_mixed_loras_draw(tmp_path):
     a, b = random_lora(1, tmp_path / "1"), random_lora(2, tmp_path / "2")
-    words = f"--lora {a} --lora {b} --num_steps 3 --out {tmp_path} --lora_weight".split()
+    words = f"--lora {a} --lora {b} --num_steps 3 --out {tmp_path} --scale 1 --lora_weight".split()
     assert cli.ddpo_sample(["a fox", *words, ".5", ".5"]) == 0
-    pipe = cli.mix_loras(sd.load_pipeline("tiny"), [a, b], [0.5, 0.5])
+    pipe = mix_loras(sd.load_pipeline("tiny"), [a, b], [0.5, 0.5])
     expected = fixed_seed_images(sd.denoiser_for(pipe, 3.0), ["a fox"], 0, 3)[0]
     data = bytearray(Image.open(tmp_path / "a_fox-0-0.png").tobytes())
     pixels = torch.frombuffer(data, dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1)
@@ -412,6 +882,26 @@ def test_a_negative_prompt_changes_the_picture(tmp_path):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_batches_change_no_picture(tmp_path):
+    "Up to rounding: a kernel may add in another order where there are more rows."
+    drawn = []
+    for size in ("1", "3"):
+        words = f"--n 3 --num_steps 2 --batch_size {size} --scale 1 --out {tmp_path / size}".split()
+        assert cli.ddpo_sample(["a fox", *words]) == 0
+        files = sorted((tmp_path / size).iterdir())
+        drawn.append(torch.tensor([list(Image.open(path).tobytes()) for path in files]))
+    assert drawn[0].shape == (3, 64 * 64 * 3) and (drawn[0] - drawn[1]).abs().max() <= 1
+
+
+def test_words_that_the_embedded_model_does_not_know(tmp_path, capsys):
+    words = ["--num_steps", "1", "--out", str(tmp_path)]
+    assert cli.ddpo_sample(["a spaceship over Paris", *words]) == 0
+    out = capsys.readouterr().out
+    assert "does not know 'spaceship', 'over', 'Paris': it draws 77 things" in out
+    assert cli.ddpo_sample(["a fox on a blue background", *words]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "more,expected",
     [
@@ -425,11 +915,50 @@ def test_pictures_of_a_run_are_drawn_as_the_run_draws_them(tmp_path, monkeypatch
     random_lora(1, tmp_path / "lora")
     calls = []
 
-    def draw(denoiser, prompts, seed, n_steps, rule):
-        calls.append((denoiser.guidance_scale, denoiser.negative_prompt, n_steps, rule))
+    def draw(denoiser, prompts, options):
+        calls.append((denoiser.guidance_scale, denoiser.negative_prompt))
+        calls[-1] += (options.num_steps, options.eta)
         return torch.zeros(len(prompts), 3, 8, 8)
 
-    monkeypatch.setattr(cli, "fixed_seed_images", draw)
+    monkeypatch.setattr(cli, "draw", draw)
     words = ["a fox", "--lora", str(tmp_path), "--out", str(tmp_path / "out"), *more.split()]
     assert cli.ddpo_sample(words) == 0
     assert calls == [expected]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_rewards_are_loaded_before_the_model(monkeypatch, capsys):
+    "A reward that cannot be had stops the command before anything is drawn."
+
+    class Far:
+        "Stand for a reward whose weights are far away."
+
+        def load(self, device=None):
+            raise ConnectionError("no answer")
+
+        def __call__(self, images, prompts, metadata):
+            return images.mean((1, 2, 3))
+
+    from ddpo_scratch.rewards.base import REWARDS
+
+    def no_model(options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setitem(REWARDS._things, "far", Far)
+    monkeypatch.setattr(cli, "denoiser_of", no_model)
+    for text in ("far", "brightness + 0.5*far"):
+        assert "no answer" in mistake(capsys, "ddpo_eval", "tiny", "--rewards", text)
+
+
+def test_long_evaluations_say_how_long(monkeypatch, capsys):
+    from ddpo_scratch.drawing import resolved
+
+    monkeypatch.setattr(cli, "_seconds", lambda denoiser, n, options: 240.0)
+    options = resolved(cli.EvalOptions(num_steps=20, n=45))
+    cli._tell_amount(None, options)
+    told = capsys.readouterr().out
+    assert told == "135 pictures: 45 of each of 3 lists; drawing takes about 4 min\n"
+    cli._tell_amount(None, dataclasses.replace(options, n=2, prompts=("common_animals",)))
+    assert capsys.readouterr().out == "2 pictures: 2 of each of 1 list\n"

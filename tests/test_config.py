@@ -1,22 +1,30 @@
 "Configuration and presets: what is refused, what files hold, and the runs of the literature."
 
 import dataclasses
+import enum
 import math
 import re
+import subprocess
+import sys
 from importlib.resources import files
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from ddpo_scratch.config import (
     Preset,
     TrainConfig,
     check_config,
+    config_hash,
     preset,
     preset_names,
     read_config,
     read_fields,
     read_preset,
+    suggest_fields,
     write_config,
 )
 from ddpo_scratch.methods.backprop import k_rule
@@ -24,7 +32,7 @@ from ddpo_scratch.prompts import SOURCES, get_prompt_fn
 from ddpo_scratch.rewards.base import REWARDS
 
 PRESETS = files("ddpo_scratch") / "presets"
-LITERATURE = [name for name in preset_names() if not name.startswith("tiny")]
+LITERATURE = [name for name in preset_names() if read_preset(name).source != "this book"]
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 
 # ---- the check
@@ -47,11 +55,14 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
         (dict(rwr_fraction=0.0), "rwr_fraction is 0, allowed is 0 < fraction <= 1"),
         (dict(rwr_fraction=1.5), "rwr_fraction is 1.5, allowed is 0 < fraction <= 1"),
         (dict(decode_batch_size=-1), "decode_batch_size is -1, but must be 0 or more"),
-        (dict(kl_weight=-0.5), "kl_weight is -0.5, but must be 0 or more"),
-        (dict(train_learning_rate=math.nan), "train_learning_rate is nan, but must be 0 or more"),
+        (dict(kl_weight=-0.5), "kl_weight is -0.5, allowed is a finite number, 0 or more"),
+        (
+            dict(train_learning_rate=math.nan),
+            "train_learning_rate is nan, allowed is 0 <= rate <= 1",
+        ),
         (dict(train_max_grad_norm=0.0), "train_max_grad_norm is 0, but must be greater than 0"),
         (dict(train_max_grad_norm=0), "train_max_grad_norm is 0, but must be greater than 0"),
-        (dict(lora_rank=0), "lora_rank is 0, but must be at least 1"),
+        (dict(lora_rank=0), "lora_rank is 0, allowed is 1 to 2048, the width of the widest layer"),
         (dict(draft_lv_copies=0), "draft_lv_copies is 0, but must be at least 1"),
         (dict(num_epochs="3"), r"num_epochs is '3', but must be a number \(int\)"),
         (dict(num_epochs=2.5), r"num_epochs is 2.5, but must be a number \(int\)"),
@@ -65,7 +76,10 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
             "log_with is 'wandb, mlflow', allowed is wandb, tensorboard, trackio, or several",
         ),
         (dict(push_to_hub=True, hub_model_id="my model"), "hub_model_id is 'my model', allowed is"),
-        (dict(eval_num_images=0), "stop_gain is 0.25, but eval_freq is 3 and eval_num_images 0"),
+        (
+            dict(eval_num_images=0, stop_gain=0.5),
+            "stop_gain is 0.5, but eval_freq is 3 and eval_num_images 0",
+        ),
         (
             dict(train_batch_size=24),
             r"samples per epoch \(32 x 2 = 64\) must be a multiple of samples per update \(24 x 1",
@@ -88,13 +102,147 @@ def test_mistakes_are_named(fields, message):
     assert "\n" not in str(e.value)
 
 
+FLOATS = [name for name, f in FIELDS.items() if isinstance(f.default, float)]
+INTS = [name for name, f in FIELDS.items() if type(f.default) is int]
+TEXTS = [name for name, f in FIELDS.items() if isinstance(f.default, str)]
+LIMITS = ["train_max_grad_norm", "train_adv_clip_max"]  # infinity limits nothing
+
+
+def refused(name, value):
+    "Return the sentence with which a value is refused; None where it is taken."
+    try:
+        check_config(TrainConfig(**{name: value}))
+    except ValueError as e:
+        assert "\n" not in str(e) and len(str(e)) < 400
+        assert name in str(e)
+        return str(e)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_are_finite_where_infinity_means_nothing(name):
+    assert refused(name, math.nan) and refused(name, -math.inf)
+    assert bool(refused(name, math.inf)) == (name not in LIMITS)
+    assert refused(name, 10**400)
+
+
+@pytest.mark.parametrize("name", INTS)
+def test_whole_numbers_have_two_ends(name):
+    for value in (10**30, -(10**30), 1.5, math.inf, math.nan):
+        assert refused(name, value)
+
+
+ANYTHING = [None, [], ["a"], {}, {"a": 1}, b"a", object(), 3, 2.5, np.zeros(2), ()]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("value", ANYTHING, ids=[type(v).__name__ + str(v)[:9] for v in ANYTHING])
+def test_text_is_text(name, value):
+    assert refused(name, value)
+
+
+LETTERS = "a" * 300
+REFUSED = [
+    *[("run_name", v) for v in ("../../x", "/tmp/x", "a/b", "a\\b", "..", ".", " ", " a", "a ")],
+    *[
+        ("run_name", v)
+        for v in ("a\nb", "a\0b", "a\x1b[0m", "\u2028", LETTERS, "🦊" * 60, "\udcff")
+    ],
+    *[("logdir", v) for v in ("", " ", "a\nb", "a\0b")],
+    *[(name, v) for name in ("resume_from", "start_from") for v in (" ", "a\0b", "a\nb")],
+    *[("lora_alpha", 0), ("lora_alpha", -1), ("lora_rank", 100_000), ("lora_rank", 2049)],
+    *[("seed", v) for v in (99999999999999999999999999, 2**70, 2**63, -(2**63) - 1)],
+    *[("train_learning_rate", v) for v in (1e38, 1e4, 1.5)],
+    *[("train_adam_weight_decay", v) for v in (1e38, 500.0)],
+    *[("train_adam_epsilon", 0.0), ("train_adam_epsilon", -1.0)],
+    *[("sample_num_steps", 1001), ("height", -8), ("width", -8)],
+    *[(name, v) for name in ("method", "model", "reward_fn", "prompt_fn") for v in ("", " ")],
+    *[("hub_model_id", v) for v in ("a", "a/b/c", "a b/c", "a/b\n")],
+    *[("log_with", v) for v in ("all", "false", "wandb tensorboard", "wandb;trackio")],
+    *[("tracker_project_name", v) for v in ("", " ")],
+]
+TAKEN = [
+    *[("run_name", v) for v in ("", "007", "2026-01-01", "a run, of foxes", "🦊" * 50, "..a", "é")],
+    *[("logdir", v) for v in ("runs", "/tmp/x", "../x", "a b")],
+    *[("lora_alpha", 1), ("lora_rank", 2048), ("seed", -(2**63)), ("seed", 2**63 - 1)],
+    *[("train_learning_rate", 0.0), ("train_learning_rate", 1.0), ("train_adam_epsilon", 1e-30)],
+    *[("log_with", v) for v in ("", "wandb", "wandb, trackio,tensorboard", ",")],
+    *[("hub_model_id", v) for v in ("", "me/my-model.v2")],
+    *[("height", 64), ("sample_num_steps", 1000), ("eval_judges", ""), ("start_from", "a/b c")],
+]
+
+
+@pytest.mark.parametrize("name, value", REFUSED, ids=[f"{n}={v!a:.20}" for n, v in REFUSED])
+def test_a_value_that_would_go_wrong_later_is_refused_now(name, value):
+    assert refused(name, value)
+
+
+@pytest.mark.parametrize("name, value", TAKEN, ids=[f"{n}={v!a:.20}" for n, v in TAKEN])
+def test_a_value_that_works_is_taken_and_kept(tmp_path, name, value):
+    config = check_config(TrainConfig(**{name: value}))
+    assert getattr(config, name) == value
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
+
+
+def test_a_home_folder_is_written_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fields = dict(logdir="~/runs", resume_from="~", start_from="~/a", model="~/m")
+    config = TrainConfig(**fields, run_name="~")
+    home = str(tmp_path)
+    assert [getattr(config, name) for name in fields] == [
+        f"{home}/runs",
+        home,
+        f"{home}/a",
+        f"{home}/m",
+    ]
+    assert config.run_name == "~"
+
+
+class Word(str, enum.Enum):
+    FOX = "fox"
+
+
+@pytest.mark.parametrize(
+    "name, given, kept",
+    [
+        ("train_learning_rate", np.float64(1e-4), 1e-4),
+        ("train_learning_rate", np.float32(0.5), 0.5),
+        ("train_learning_rate", 1, 1.0),
+        ("train_learning_rate", np.int64(1), 1.0),
+        ("train_learning_rate", torch.tensor(0.5), 0.5),
+        ("seed", np.int64(3), 3),
+        ("seed", np.array(3), 3),
+        ("use_lora", np.bool_(False), False),
+        ("reward_fn", np.str_("redness"), "redness"),
+        ("reward_fn", Word.FOX, "fox"),
+        ("logdir", Path("a") / "b", str(Path("a") / "b")),
+        ("resume_from", Path("a"), "a"),
+        ("model", Path("a"), "a"),
+    ],
+)
+def test_relatives_of_text_and_numbers_become_pythons_own(tmp_path, name, given, kept):
+    config = check_config(TrainConfig(**{name: given}))
+    value = getattr(config, name)
+    assert type(value) is type(kept) and value == kept
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
+    assert config_hash(config) == config_hash(read_config(tmp_path))
+    assert dataclasses.replace(TrainConfig(), **{name: given}) == config
+
+
+def test_a_bad_value_of_a_notebook_is_told_in_a_line():
+    for given in (np.zeros(3), torch.zeros(2), 1 + 2j, np.datetime64("2026-01-01")):
+        assert refused("train_learning_rate", given) and refused("seed", given)
+    assert refused("use_lora", np.zeros(2))
+
+
 def test_several_mistakes_are_told_at_once():
     with pytest.raises(ValueError) as e:
         check_config(TrainConfig(num_epochs=0, mixed_precision="int8", kl_weight=-1.0))
     names = [sentence.split(" is ")[0] for sentence in str(e.value).split("; ")]
     assert names == ["num_epochs", "kl_weight", "mixed_precision"]
     with pytest.raises(ValueError, match="stop_gain is.*; samples per epoch.*; sample_eta is 0"):
-        check_config(TrainConfig(eval_freq=0, train_batch_size=24, sample_eta=0.0))
+        check_config(TrainConfig(stop_gain=1.0, eval_freq=0, train_batch_size=24, sample_eta=0.0))
 
 
 @pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if not isinstance(f.default, bool)])
@@ -129,6 +277,70 @@ def test_what_follows_from_the_fields():
     fractions = (0.02, 0.021, 0.14)
     steps = {f: TrainConfig(sample_num_steps=50, train_timestep_fraction=f) for f in fractions}
     assert [c.steps_per_sample for c in steps.values()] == [1, 2, 7]
+
+
+def test_a_stop_needs_looks_only_where_it_was_asked_for():
+    for off in (dict(eval_num_images=0), dict(eval_freq=0)):
+        assert check_config(TrainConfig(**off)).goal == 0
+        with pytest.raises(ValueError, match="stop_gain is 0.5, but .*: stopping needs both"):
+            check_config(TrainConfig(stop_gain=0.5, **off))
+        assert check_config(TrainConfig(stop_gain=0.0, **off)).goal == 0
+    assert TrainConfig().goal == TrainConfig.stop_gain > 0
+
+
+def test_a_record_shows_what_is_not_the_default():
+    assert repr(TrainConfig()) == "TrainConfig()" and not TrainConfig().changed
+    config = TrainConfig(num_epochs=3, reward_fn="<b>", seed=np.zeros(2))
+    assert list(config.changed) == ["reward_fn", "seed", "num_epochs"]
+    assert repr(TrainConfig(num_epochs=3)) == "TrainConfig(num_epochs=3)"
+    assert eval(repr(TrainConfig(num_epochs=3, kl_weight=0.5))).kl_weight == 0.5
+    page = config._repr_html_()
+    assert page.count("<tr>") == 4 and "&lt;b&gt;" in page and "<b>" not in page
+    assert "default" in TrainConfig()._repr_html_()
+
+
+def test_importing_the_room_does_not_import_pydantic_or_yaml():
+    code = "import ddpo_scratch.config, sys; print({'pydantic', 'yaml'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("lr", ["train_learning_rate"]),
+        ("learning_rate", ["train_learning_rate"]),
+        ("sample.num_steps", ["sample_num_steps"]),
+        ("train.adam-beta1", ["train_adam_beta1"]),
+        ("adam_beta1", ["train_adam_beta1"]),
+        ("num_inference_steps", ["sample_num_steps"]),
+        ("pretrained_model_name_or_path", ["model"]),
+        ("resolution", ["height", "width"]),
+        ("batch_size", ["sample_batch_size", "train_batch_size"]),
+        ("rank", ["lora_rank"]),
+        ("output_dir", ["logdir"]),
+        ("report_to", ["log_with"]),
+        ("num_epoch", ["num_epochs"]),
+        ("rewrd_fn", ["reward_fn"]),
+        ("epochs", ["num_epochs"]),
+        ("gradient_accumulation_steps", ["train_gradient_accumulation_steps"]),
+        ("a", []),
+        (1, []),
+        ("", []),
+        ("fox", []),
+        ("snr_gamma", []),
+        ("resume_from_checkpoint", ["resume_from"]),
+    ],
+)
+def test_what_somebody_may_have_meant(name, fields):
+    assert suggest_fields(name) == fields
+
+
+def test_no_field_is_another_projects_name_for_another_field():
+    from ddpo_scratch.config import _FOREIGN
+
+    assert set(_FOREIGN) <= set(FIELDS)
+    assert not {word for words in _FOREIGN.values() for word in words.split()} & set(FIELDS)
 
 
 # ---- files
@@ -175,6 +387,30 @@ def test_the_fields_type_decides_what_a_word_means(tmp_path):
         ),
         ("inherit: tiny\nconfig: {}", "unknown field 'inherit': did you mean inherits"),
         ("config:\n  num_epoch: 3", "unknown field 'num_epoch': did you mean num_epochs"),
+        ("lr: 1e-4", "unknown field 'lr': did you mean train_learning_rate?"),
+        ("sample:\n  num_steps: 5", "unknown field 'sample': did you mean sample_num_steps?"),
+        ("1: 2", "unknown field '1': fields are method, model"),
+        ("a: 2", "unknown field 'a': fields are method, model"),
+        ("preset: tiny\nconfig: {}", "beside 'config' the preset is named by 'inherits'"),
+        ("preset: [a]", r"preset is \['a'\], but must be one name"),
+        ("seed: 1\nseed: 2", "'seed' stands twice"),
+        ("config:\n  seed: 1\n  seed: 2", "'seed' stands twice"),
+        ("? [a]\n: b", "is not YAML"),
+        ("a: 1\n--- \nb: 2", "is not YAML"),
+        ("run_name: " + "[" * 3000, "nested too deep"),
+        ("run_name: " + "[" * 300 + "]" * 300, "run_name is .*, allowed is one folder's name"),
+        ("log_with: 3", "log_with is '3', allowed is wandb, tensorboard, trackio"),
+        ("log_with: {a: b}", "log_with is .*, allowed is wandb"),
+        ("hub_model_id: 3", "hub_model_id is '3', allowed is 'owner/name'"),
+        ("logdir: [a]", r"logdir is \['a'\], allowed is a folder's path"),
+        ("resume_from: {}", "resume_from is {}, allowed is a path"),
+        ("reward_fn: {aesthetic: 1}", "reward_fn is .*, allowed is text such as 'aesthetic"),
+        ("prompt_fn: [a fox]", r"prompt_fn is \['a fox'\], allowed is text such as"),
+        ("run_name: ../x", "run_name is '../x', allowed is one folder's name"),
+        ("train_learning_rate: .inf", "train_learning_rate is 'inf', allowed is 0 <= rate <= 1"),
+        ("kl_weight: .nan", "kl_weight is '.nan', but must be a number"),
+        ("num_epochs: ~", "num_epochs is '', but must be a number"),
+        ("per_prompt_stat_tracking: {buffer_size: 16}", "per_prompt_stat_tracking is .* true or"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(tmp_path, text, message):
@@ -183,6 +419,75 @@ def test_a_file_that_does_not_fit_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=f"own.yaml.*{message}") as e:
         read_fields(path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text, field, value",
+    [
+        ("mixed_precision: no", "mixed_precision", "no"),
+        ("mixed_precision: 'no'", "mixed_precision", "no"),
+        ("run_name: 007", "run_name", "007"),
+        ("run_name: 2026-01-01", "run_name", "2026-01-01"),
+        ("run_name: null", "run_name", ""),
+        ("run_name: ~", "run_name", ""),
+        ("run_name:", "run_name", ""),
+        ("run_name: 'null'", "run_name", "null"),
+        ("log_with: false", "log_with", ""),
+        ("log_with: none", "log_with", ""),
+        ("log_with: [wandb, tensorboard]", "log_with", "wandb, tensorboard"),
+        ("log_with: []", "log_with", ""),
+        ("eval_judges: [redness]", "eval_judges", "redness"),
+        ("train_max_grad_norm: .inf", "train_max_grad_norm", math.inf),
+        ("num_epochs: 5 # a comment", "num_epochs", 5),
+        ("use_lora: off", "use_lora", False),
+        ("negative_prompts: blurry, über", "negative_prompts", "blurry, über"),
+        ("resume_from: 3", "resume_from", "3"),
+        ("\ufeffseed: 3", "seed", 3),
+    ],
+)
+def test_what_files_of_other_projects_hold_is_read(tmp_path, text, field, value):
+    path = tmp_path / "own.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert read_fields(path) == {field: value}
+    check_config(TrainConfig(**read_fields(path)))
+
+
+def test_a_file_is_utf_8_whatever_the_locale_says(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_bytes("negative_prompts: über\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="own.yaml' is not text in UTF-8"):
+        read_fields(path)
+    write_config(TrainConfig(negative_prompts="über 🦊"), tmp_path)
+    code = (
+        f"from ddpo_scratch.config import read_config; print(ascii(read_config({str(tmp_path)!r})))"
+    )
+    environment = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PATH="")
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert r"\xfcber \U0001f98a" in printed.stdout
+
+
+def test_a_bomb_of_aliases_is_told_in_a_line(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 12)]
+    path = tmp_path / "own.yaml"
+    path.write_text("\n".join(lines) + "\nseed: *a11\n")
+    with pytest.raises(ValueError, match="unknown field 'a0'"):
+        read_fields(path)
+    path.write_text("\n".join(lines).replace("a0:", "seed:", 1))
+    with pytest.raises(ValueError) as e:
+        read_fields(path)
+    assert len(str(e.value)) < 500
+
+
+def test_files_that_name_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key, more in (("preset", ""), ("inherits", "config: {}\n")):
+        Path("a.yaml").write_text(f"{key}: b.yaml\n{more}")
+        Path("b.yaml").write_text(f"{key}: a.yaml\n{more}")
+        with pytest.raises(ValueError, match="'a.yaml' (names itself|inherits from itself)"):
+            preset("a.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -217,6 +522,42 @@ def test_a_configuration_reads_back(tmp_path, config):
     assert repr(again) == repr(config)  # 5 and 5.0 are told apart
     assert read_config(tmp_path, seed=9) == dataclasses.replace(config, seed=9)
     assert preset(tmp_path / "config.yaml", world=2) == config  # a run's numbers are per process
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_that_is_missing_in_a_runs_file_is_damage(tmp_path, name):
+    write_config(TrainConfig(), tmp_path)
+    path = tmp_path / "config.yaml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(f"{name}:")]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=f"config.yaml' lacks {name}: a run writes every field"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "seed: 3"])
+def test_an_empty_file_of_a_run_is_damage_and_no_default(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config.yaml' lacks method, model, height and \d+ more"):
+        read_config(tmp_path)
+
+
+def test_the_hash_tells_that_a_number_was_changed(tmp_path):
+    write_config(ODD, tmp_path)
+    path = tmp_path / "config.yaml"
+    assert config_hash(read_config(tmp_path)) == config_hash(ODD)
+    path.write_text("# a comment is no change\n" + path.read_text())
+    assert config_hash(read_config(tmp_path)) == config_hash(ODD)
+    path.write_text(path.read_text().replace("kl_weight: 0.0", "kl_weight: 0.1"))
+    assert config_hash(read_config(tmp_path)) != config_hash(ODD)
+    assert re.fullmatch("[0-9a-f]{64}", config_hash(ODD))
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    write_config(ODD, tmp_path)
+    with pytest.raises(Exception, match="represent"):
+        write_config(TrainConfig(seed=object()), tmp_path)
+    assert read_config(tmp_path) == ODD
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 
 # ---- presets
@@ -408,8 +749,14 @@ def test_flat_fields_are_of_one_process_and_a_presets_of_all(tmp_path):
 
 
 def test_unknown_presets_are_named(tmp_path):
-    with pytest.raises(ValueError, match="unknown preset 'tinny': expected one of .*tiny_sf"):
+    with pytest.raises(
+        ValueError, match="unknown preset 'tinny': did you mean tiny .*of .*tiny_sf"
+    ):
         preset("tinny")
+    with pytest.raises(ValueError, match="unknown field 'lr': did you mean train_learning_rate"):
+        preset("tiny", lr=1e-3)
+    with pytest.raises(ValueError, match="unknown field 'fox'$"):
+        preset("tiny", fox=1)
     (tmp_path / "own.yaml").write_text("inherits: tinny\nconfig: {}\n")
     with pytest.raises(ValueError, match="unknown preset 'tinny'"):
         preset(tmp_path / "own.yaml")

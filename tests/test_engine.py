@@ -21,11 +21,12 @@ from runs import SMALL, leave_in, numbers, small, trained
 from ddpo_scratch.checkpoint import find_checkpoint, save_checkpoint
 from ddpo_scratch.config import TrainConfig
 from ddpo_scratch.engine import FSDPEngine, ZeRO2Engine, check_engine
+from ddpo_scratch.look import averaged
 from ddpo_scratch.models.sd import denoiser_for, load_lora, load_pipeline
 from ddpo_scratch.rollout import replay_log_prob
 from ddpo_scratch.runlog import read_metrics
 from ddpo_scratch.setup import setup
-from ddpo_scratch.train import averaged, collect, fit, train
+from ddpo_scratch.train import collect, fit, train
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
@@ -412,9 +413,11 @@ def test_8bit_adam_without_bitsandbytes_says_what_to_install(tmp_path, monkeypat
 
 SCRIPT = """
 import json, sys, torch
-from ddpo_scratch.train import TrainConfig, setup, train
+from ddpo_scratch.config import TrainConfig
+from ddpo_scratch.train import setup, train
 
 torch.set_num_threads(1)
+GAUGES = "loss approx_kl clip_fraction ratio_spread advantage_spread k kl".split()
 out, where, configs = {}, sys.argv[1], json.loads(sys.argv[2])
 for name, fields in configs.items():
     state = setup(TrainConfig(**fields))
@@ -428,6 +431,9 @@ for name, fields in configs.items():
         method=state.method.state_dict(),
         queries=state.reward_queries,
         grad_norms=[step.grad_norm for step in steps],
+        gauges=[
+            {n: v for n, v in (vars(step) | step.metrics).items() if n in GAUGES} for step in steps
+        ],
     )
 torch.save(out, f"{where}/rank{state.engine.rank}.pt")
 """
@@ -475,13 +481,19 @@ def test_one_process_and_two_make_the_same_updates(tmp_path):
         assert a["rewards"] == pytest.approx(b["rewards"], abs=2e-3)
         assert a["grad_norms"][0] == pytest.approx(b["grad_norms"][0], rel=1e-4)
         assert (a["moved"] - b["moved"]).norm() < 0.02 * a["moved"].norm(), name
+        # every number that is written down is that of all processes
+        assert str(b["gauges"]) == str(c["gauges"])  # as text: NaN is not equal to itself
+        tolerance = dict(rel=0.05, abs=1e-5, nan_ok=True)
+        for mine, all_of_them in zip(a["gauges"], b["gauges"], strict=True):
+            assert all_of_them == pytest.approx(mine, **tolerance), name
 
 
 SHARDED = """
 import dataclasses, json, sys, torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from ddpo_scratch.train import TrainConfig, fit, setup, train
+from ddpo_scratch.config import TrainConfig
+from ddpo_scratch.train import fit, setup, train
 
 # accelerate shards on devices alone (in its state.py MULTI_GPU becomes FSDP, MULTI_CPU never does,
 # and DeepSpeed asks for "not cpu"), so two CPUs are called GPUs here

@@ -113,6 +113,94 @@ def test_grids_are_wide_enough_and_titles_do_not_overlap(n_cols):
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
+@pytest.mark.parametrize("n, rows", [(3, 2), (9, 4)])
+def test_captions_stand_under_their_pictures(n, rows):
+    pictures = flat_pictures(n)
+    before, after = ([f"{when} {i}" for i in range(n)] for when in ("old", "new"))
+    fig = E.before_after(pictures, pictures, captions=[before, after])
+    captions = [ax.get_xlabel() for ax in fig.axes if ax.get_xlabel()]
+    assert sorted(captions) == sorted(before + after)
+    for ax in fig.axes:
+        if name := ax.get_xlabel():
+            grey = pictures[int(name.split()[1]), 0, 0, 0].item()
+            assert abs(ax.images[0].get_array().mean() - grey) < 1e-6
+    first_row = [ax.get_xlabel() for ax in fig.axes[: min(n, 8)]]
+    assert first_row == before[: min(n, 8)]
+
+
+def test_dollars_in_prompts_are_not_mathematics(tmp_path):
+    from PIL import Image
+
+    words = [r"$\frac{$", "a $5 bill, not $6"]
+    E.save_look(tmp_path / "look.png", flat_pictures(2), words, [1.0, 2.0], "$")
+    Image.open(tmp_path / "look.png").verify()
+
+
+def test_long_prompts_end_after_three_lines():
+    fig = E.plot_grid(flat_pictures(1), ["word " * 99 + "end"], n_cols=8)
+    title = fig.axes[0].get_title()
+    assert title.count("\n") == 2 and title.endswith("...")
+
+
+@pytest.mark.parametrize("n", [1, 8, 46])
+def test_a_look_is_a_picture_on_disk_with_its_numbers(tmp_path, monkeypatch, n):
+    from PIL import Image
+
+    drawn = []
+    plot_grid = E.plot_grid
+    monkeypatch.setattr(
+        E, "plot_grid", lambda *a, **k: drawn.append(plot_grid(*a, **k)) or drawn[0]
+    )
+    path = tmp_path / "eval/epoch_0003.png"
+    E.save_look(path, flat_pictures(n), [f"p{i}" for i in range(n)], torch.arange(n) * 1.5, "kB")
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and picture.width >= 720
+    assert [path.name for path in path.parent.iterdir()] == ["epoch_0003.png"]
+    shown = [ax for ax in drawn[0].axes if ax.images]
+    assert len(shown) == min(n, 45)
+    assert (shown[-1].get_title(), shown[0].get_xlabel()) == (f"p{len(shown) - 1}", "0.00 kB")
+    heading = drawn[0].get_suptitle()
+    mean = 1.5 * (n - 1) / 2
+    assert heading.startswith(f"mean reward {E.amount(mean, 'kB')}")
+    assert ("the first 45 of 46 pictures" in heading) == (n > 45)
+
+
+def test_a_look_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "look.png"
+    path.write_bytes(b"before")
+
+    def half(self, path, **options):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(KeyboardInterrupt):
+        E.save_look(path, flat_pictures(1), ["a"], [1.0])
+    assert path.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "value, se, text",
+    [
+        (-2.3936, None, "-2.39"),
+        (-2.3936, 0.0437, "-2.394 ± 0.044"),
+        (2.0, None, "2.00"),
+        (999.9, None, "1,000"),
+        (51234.5, 1234.5, "51,234 ± 1,234"),
+        (0.5, 0.0, "0.500"),
+        (0.5, float("nan"), "0.500"),
+        (float("nan"), None, "nan"),
+        (float("inf"), None, "inf"),
+        (1e-7, None, "1.00e-07"),
+    ],
+)
+def test_amounts_have_the_digits_that_they_deserve(value, se, text):
+    assert E.amount(value, se=se) == text
+    assert E.amount(value, "kB", se) == f"{text} kB"
+
+
 def test_reward_curve_starts_where_the_fixed_seeds_did():
     rows = [
         dict(reward_queries=8, reward_mean=1.0, reward_std=0.5),
@@ -125,6 +213,10 @@ def test_reward_curve_starts_where_the_fixed_seeds_did():
     assert samples.get_xydata().tolist() == [[8, 1], [16, 2]]
     assert fixed_seeds.get_xydata().tolist() == [[0, 0], [16, 3]]
     assert fig.axes[0].get_ylabel() == "kB"
+    labels = [text.get_text() for text in fig.axes[0].get_legend().get_texts()]
+    assert labels == [samples.get_label(), fixed_seeds.get_label()]
+    alone = E.reward_curve(rows[:1], names=["guidance 1", ""])
+    assert [text.get_text() for text in alone.axes[0].get_legend().get_texts()] == ["guidance 1"]
     assert fig.get_size_inches()[0] * fig.dpi >= 720
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sd_models import build
 
 from ddpo_scratch.diffusion import GaussianDenoiser, Schedule
@@ -66,7 +67,7 @@ def test_a_family_in_a_file_of_the_folder_is_found_by_itself(tmp_path, monkeypat
         "        return source, guidance_scale, negative_prompt, options\n"
         "    @classmethod\n"
         "    def sizes(cls, source):\n"
-        "        return dict(network=7) if str(source).endswith('line') else None\n"
+        "        return dict(network=7) if str(source).endswith('/line') else None\n"
     )
     monkeypatch.setattr(base.models, "__path__", [*base.models.__path__, str(tmp_path)])
     (tmp_path / "line").mkdir()
@@ -99,3 +100,88 @@ def test_other_classes_are_told_so_before_their_weights_are_read(tmp_path):
 @pytest.mark.parametrize("name", ["owner/unheard-of", "no/such/folder", "./missing"])
 def test_the_size_of_an_unknown_model_is_unknown(name):
     assert base.sizes(name) is None
+
+
+# Places
+
+
+def test_a_revision_belongs_to_an_id_of_the_hub(tmp_path, monkeypatch):
+    assert base.find_model("owner/model@v2") == "owner/model@v2"
+    assert base.split_revision("owner/model@refs/pr/1") == ("owner/model", "refs/pr/1")
+    folder = tmp_path / "me@home"
+    folder.mkdir()
+    write_index(folder, "AnyPipeline")
+    assert base.split_revision(base.find_model(folder)) == (str(folder), None)
+    seen = []
+
+    def load_config(name, revision=None):
+        seen.append((name, revision))
+        return dict(_class_name="AnyPipeline")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", load_config)
+    for options in (dict(name="owner/model@v2"), dict(name="owner/model", revision="v2")):
+        with pytest.raises(ValueError, match="is a AnyPipeline: expected one of"):
+            base.load(**options)
+    assert seen == [("owner/model", "v2")] * 2
+    assert base.sizes("CompVis/stable-diffusion-v1-4@v2")["network"] == 859_520_964
+    with pytest.raises(ValueError, match="no model 'tiny@v2'"):
+        base.load("tiny", revision="v2")
+
+
+def test_a_run_that_trained_a_whole_network_is_a_model(tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    build("sd15", tmp_path / "pipeline")
+    assert base.find_model(tmp_path) == str(tmp_path / "pipeline")
+    assert base.load(tmp_path).name == str(tmp_path / "pipeline")
+    assert base.sizes(tmp_path)["side"] == 8
+
+
+@pytest.mark.parametrize("place", ["", "lora"])
+def test_a_folder_with_a_lora_is_told_from_a_model(tmp_path, place):
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(ValueError, match="this folder holds a LoRA: name the model"):
+        base.find_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"_class_name": ["a", "B"]}'])
+def test_an_index_without_a_class_is_one_line(tmp_path, text):
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match="names no pipeline|is damaged") as caught:
+        base.load(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="download it elsewhere and give its folder") as caught:
+        base.load("owner/unheard-of")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_no_family_reads(tmp_path):
+    save_file({"some.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"\x10")
+    for name, message in (("a", "is not a checkpoint that any family reads"), ("b", "is damaged")):
+        with pytest.raises(ValueError, match=message):
+            base.load(tmp_path / f"{name}.safetensors")
+
+
+# Sizes of pictures
+
+
+def test_pictures_of_another_size_are_asked_for_by_name(tmp_path):
+    assert base.load("tiny", height=32, width=96).latent_shape == (4, 8, 24)
+    assert base.load("tiny", width=96).latent_shape == (4, 16, 24)
+
+    class OneSize(GaussianDenoiser):
+        pipelines = ("OneSizePipeline",)
+
+        @classmethod
+        def load(cls, source, *args, **options):
+            return cls(Schedule(torch.linspace(0.99, 0.01, 10).double()))
+
+    folder = write_index(tmp_path, "OneSizePipeline")
+    assert type(base.load(folder)) is OneSize
+    with pytest.raises(ValueError, match="draws one size only: leave height and width at 0"):
+        base.load(folder, height=64)

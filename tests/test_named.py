@@ -1,11 +1,24 @@
 "What would bore a reader of 23: every text that can and cannot be read, and whom a registry asks."
 
+import fractions
+import functools
+import importlib
 import math
 import sys
 
 import pytest
 
-from ddpo_scratch.named import Registry, build, load_attribute, misfit, parse_call, parse_sum
+from ddpo_scratch.named import (
+    Registry,
+    build,
+    load_attribute,
+    misfit,
+    name_of,
+    outside,
+    parse_call,
+    parse_sum,
+)
+from ddpo_scratch.rewards.base import REWARDS
 
 ROOM = """
 from {room} import THINGS
@@ -25,6 +38,16 @@ THINGS.register({name!r})({name!r} + " of the folder")
         ("pkg.room:fox('a:b + 2*c(')", "pkg.room:fox", (("a:b + 2*c(",), {})),
         ("pkg.room:fox({3: 2, True: None})", "pkg.room:fox", (({3: 2, True: None},), {})),
         ("fox(\n  3,\n)", "fox", ((3,), {})),
+        ("pkg.room.fox", "pkg.room:fox", None),
+        ("pkg:Den.fox", "pkg:Den.fox", None),
+        ("my.py:fox", "my.py:fox", None),
+        ("./my.py:fox", "./my.py:fox", None),
+        ("dens/my-fox.py:fox(3)", "dens/my-fox.py:fox", ((3,), {})),
+        ("../a.b/my.py:Den.fox", "../a.b/my.py:Den.fox", None),
+        ("~/my.py:fox", "~/my.py:fox", None),
+        ("/a/b.py:fox('c/d.py:e')", "/a/b.py:fox", (("c/d.py:e",), {})),
+        (r"C:\dens\my.py:fox", r"C:\dens\my.py:fox", None),
+        ("dens/my.py", "dens/my.py", None),
     ],
 )
 def test_calls(text, name, call):
@@ -36,6 +59,8 @@ UNREADABLE = [
     *("", "fox(", "fox)", "fox(n)", "fox(1+n)", "fox(**{'n': 3})", "fox(*[2, 3])", "fox()()"),
     *("fox(open('x'))", "fox('", "[fox]", "'fox'", "lambda: fox", "fox; owl", ":fox", "pkg:"),
     *("open('x').read", "fox if 1 else owl", "fox\nowl", "fox(n=)", "2 fox"),
+    *("a:b:c", "(" * 3000 + ")" * 3000, "[" * 3000, "-" * 5000 + "fox"),
+    *("+".join(["fox"] * 5000) + "(", "1e999*fox", "9" * 5000 + "*fox", "fox\0", "my fox.py:x"),
 ]
 
 
@@ -60,6 +85,9 @@ def test_texts_that_cannot_be_read(parse, text):
         ("1/2*(a(1) - 3*(b(2) - c(4)))", [0.5, -1.5, 1.5]),
         ("(1 + 2)*3*a", [9]),
         ("0.5*pkg.room:a + pkg:b/2", [0.5, 0.5]),
+        ("0.5*my.py:a - ./den/my.py:b(1)/2", [0.5, -0.5]),
+        ("-my.py:a", [-1]),
+        ("2*(my.py:a + b)", [2, 2]),
     ],
 )
 def test_sums(text, weights):
@@ -97,6 +125,193 @@ def test_nothing_is_run(tmp_path):
     assert not file.exists()
 
 
+@pytest.mark.parametrize("parse", [parse_call, parse_sum])
+def test_a_long_sum_is_read_or_refused_in_one_line(parse):
+    for text in ("+".join(["fox"] * 20_000), "fox(" + "[" * 90 + "]" * 90 + ")"):
+        try:
+            parse(text)
+        except ValueError as e:
+            assert len(str(e)) < 500 and "\n" not in str(e)
+
+
+PASSED = [
+    *("__main__:fox", "my:den.<locals>.fox", "my:<lambda>", "my:Den(...)", "0.5*__main__:fox"),
+]
+
+
+@pytest.mark.parametrize("text", PASSED)
+def test_what_was_passed_from_python_is_not_looked_for(text):
+    things = Registry("get_fox", "fox")
+    with pytest.raises(ValueError, match="get_fox: .* was passed from Python and cannot be") as e:
+        things.find(parse_sum(text, "get_fox")[0][1])
+    assert str(e.value).endswith("pass it again as reward_fn= (or prompt_fn=)")
+    with pytest.raises(ValueError, match="was passed from Python"):
+        things.find(text.removeprefix("0.5*"))
+
+
+class Den:
+    def __init__(self, *, depth=1):
+        self.depth = depth
+
+    def fox(self, images):
+        return images
+
+
+class Plain:
+    "Takes nothing."
+
+
+class Named(Den):
+    name = "a den"
+
+
+def test_names_of_things():
+    here = __name__
+    assert name_of(math.hypot) == "math:hypot"
+    assert name_of(Den) == f"{here}:Den" and name_of(Den.fox) == f"{here}:Den.fox"
+    assert name_of(Plain()) == f"{here}:Plain"
+    # made with arguments that nobody knows: another one would be made by the name
+    assert name_of(Den(depth=3)) == f"{here}:Den(...)"
+    assert name_of(Den().fox) == f"{here}:Den.fox(...)"
+    assert name_of(functools.partial(math.hypot, 1)) == "math:hypot(...)"
+    assert name_of(functools.partial(Den().fox)) == f"{here}:Den.fox(...)"
+    assert name_of(fractions.Fraction(1, 2)) == "fractions:Fraction(...)"
+    assert name_of(Named()) == f"{here}:Named"  # its `name` might be another one's
+    registered = REWARDS["brightness"]
+    assert name_of(registered) == "brightness" and type(name_of(registered)) is str
+    assert "<locals>.<lambda>" in name_of(lambda: 0)
+
+
+@pytest.mark.parametrize("thing", [math.hypot, Den, Plain(), Den(), Den().fox, lambda: 0])
+def test_a_name_finds_the_thing_or_says_that_it_cannot(thing):
+    name = name_of(thing)
+    things = Registry("get_fox", "fox")
+    try:
+        found = things.find(parse_sum(name)[0][1])
+    except ValueError as e:
+        assert "was passed from Python" in str(e)
+    else:
+        assert found is thing or found is type(thing)
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("fox", []),
+        ("0.5*fox - owl(3)", []),
+        ("os:system('touch x')", ["os:system"]),
+        ("os.system('touch x')", ["os:system"]),
+        ("fox + 0*(owl - evil:r)", ["evil:r"]),
+        ("my.py:fox - dir/my.py:owl + my.py:fox", ["my.py:fox", "dir/my.py:owl"]),
+        ("ddpo_scratch.cli:os.system('x')", ["ddpo_scratch.cli:os.system"]),
+        ("evil:Den.run", ["evil:Den.run"]),
+        ("fox('os:system')", []),
+        ("prompts.txt", []),
+        ("prompts.jsonl", []),
+        ("data/prompts.txt", []),
+        ("evil:r(", []),
+        ("3", []),
+        ("", []),
+    ],
+)
+def test_what_a_text_would_import(text, names):
+    assert outside(text) == names
+
+
+@pytest.mark.parametrize("text", ["prompts.txt", "prompts.csv", "my:json"])
+def test_a_file_of_data_is_not_imported(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for module in ("prompts", "my"):
+        (tmp_path / f"{module}.py").write_text("open('ran', 'w')\ntxt = csv = json = 1\n")
+    with pytest.raises(ValueError, match="is not a fox, nor Python"):
+        Registry("get_fox", "fox").find(parse_call(text)[0])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "A working directory with modules of its own, off the path as in a command."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    known = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - known:
+        del sys.modules[name]
+
+
+def test_the_working_directory_is_searched_for_a_named_module_only(here):
+    (here / "my_den.py").write_text("import my_helper\nfox = my_helper.fox\n")
+    (here / "my_helper.py").write_text("fox = 7\n")
+    (here / "optional_library.py").write_text("open('ran', 'w')\n")
+    before = list(sys.path)
+    assert load_attribute("my_den:fox") == 7
+    assert sys.path == before
+    with pytest.raises(ImportError):
+        importlib.import_module("optional_library")
+    assert not (here / "ran").exists()
+
+
+def test_the_working_directory_shadows_nothing(here):
+    (here / "fractions.py").write_text("Fraction = 1\n")
+    (here / "colorsys.py").write_text("rgb_to_hls = 1\n")
+    sys.modules.pop("colorsys", None)
+    assert load_attribute("fractions:Fraction") is fractions.Fraction
+    assert callable(load_attribute("colorsys:rgb_to_hls"))
+    # asked for as a file, it is the file
+    assert load_attribute("colorsys.py:rgb_to_hls") == 1
+    assert callable(importlib.import_module("colorsys").rgb_to_hls)
+
+
+def test_the_path_is_left_as_it_was_when_an_import_fails(here):
+    (here / "my_den.py").write_text("raise KeyError('a')\n")
+    before = list(sys.path)
+    for path in ("my_den:fox", "my_den.py:fox", "no_such:fox"):
+        with pytest.raises(ValueError):
+            load_attribute(path)
+    assert sys.path == before and "my_den" not in sys.modules
+
+
+def test_files_by_path(here, monkeypatch):
+    (here / "dens").mkdir()
+    (here / "dens" / "my_fox.py").write_text("import beside\nclass Den:\n    fox = beside.fox\n")
+    (here / "dens" / "beside.py").write_text("fox = 7\n")
+    (here / "dens" / "2nd-fox.py").write_text("fox = 8\n")
+    monkeypatch.setenv("HOME", str(here))
+    for path in (
+        "dens/my_fox.py",
+        "./dens/my_fox.py",
+        "~/dens/my_fox.py",
+        f"{here}/dens/my_fox.py",
+    ):
+        assert load_attribute(f"{path}:Den.fox") == 7
+    assert load_attribute("dens/2nd-fox.py:fox") == 8
+    found = load_attribute("dens/my_fox.py:Den")
+    assert found is load_attribute("./dens/my_fox.py:Den")  # a file is read once
+    assert name_of(found) == "my_fox:Den" and sys.modules["my_fox"].Den is found
+
+
+@pytest.mark.parametrize(
+    "source, path, message",
+    [
+        ("", "my.py:fox", "'my' has no 'fox'$"),
+        ("foxes = 1", "my.py:fox", "'my' has no 'fox'; did you mean foxes"),
+        ("a = 1\nb = a +", "my.py:fox", r"invalid syntax \(my.py, line 2\)"),
+        ("a = 1\nb = c", "my.py:fox", r"NameError: name 'c' is not defined \(my.py, line 2\)"),
+        ("raise SystemExit(3)", "my.py:fox", r"SystemExit: 3 \(my.py, line 1\)"),
+        ("import no_such", "my.py:fox", "No module named 'no_such'"),
+        ("", "no.py:fox", "no file 'no.py'"),
+        ("", "dens/no.py:fox", "no file 'dens/no.py'"),
+        ("", "my.py", "'my.py' is a file: say what in it, as in my.py:NAME"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(here, source, path, message):
+    (here / "my.py").write_text(source + "\n")
+    things = Registry("get_fox", "fox")
+    with pytest.raises(ValueError, match=f"^get_fox: .*{message}") as e:
+        things.find(parse_call(path)[0])
+    assert "\n" not in str(e.value)
+
+
 def test_load_attribute():
     assert load_attribute("math:pi") is math.pi
     assert load_attribute("pathlib:Path.cwd")().is_dir()
@@ -113,6 +328,7 @@ def test_build_refuses_before_it_calls():
         return calls
 
     assert misfit(maker, 3) is None and misfit(maker) and misfit(maker, 3, 4)
+    assert misfit(dict, 1, 2, 3) is None  # whose signature Python does not know
     for text, message in (
         ("maker", "missing a required argument: 'size'"),
         ("maker(3, 4)", "too many positional arguments"),
@@ -120,9 +336,12 @@ def test_build_refuses_before_it_calls():
     ):
         name, call = parse_call(text)
         with pytest.raises(ValueError) as e:
-            build(maker, call, name, "get_fox")
+            build(maker, call, name, "get_fox", "such as maker(3)")
         assert message in str(e.value)
-        assert str(e.value).endswith("write maker(size, *, words=False) with values")
+        assert str(e.value).startswith("get_fox: maker takes (size, *, words=False)")
+        assert str(e.value).endswith("; such as maker(3)")
+        with pytest.raises(ValueError, match=message):
+            build(maker, call, name)
     assert calls == []
     assert build(maker, parse_call("maker(3)")[1], "maker") == [3]
 

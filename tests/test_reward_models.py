@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import functional as TF
 
 import ddpo_scratch
-from ddpo_scratch.rewards.base import compute_rewards, get_reward
+from ddpo_scratch.rewards import models as reward_models
+from ddpo_scratch.rewards.base import RewardError, Scorer, compute_rewards, get_reward
 from ddpo_scratch.rewards.models import (
     AestheticScore,
     CLIPReward,
@@ -61,6 +62,14 @@ def threads():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch):
+    "The hub, which is asked for nothing here; repositories about which it was asked."
+    asked = []
+    monkeypatch.setattr(reward_models, "_ask_hub", asked.append)
+    return asked
 
 
 @pytest.fixture
@@ -434,7 +443,9 @@ def test_hps_checkpoint(hps):
         HPSv2("v3")
     with mock.patch("huggingface_hub.hf_hub_download", return_value=hps["checkpoint"]) as download:
         HPSv2("v2.1", model="small-H").load()
-    download.assert_called_once_with("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    commit = "697403c78157020a1ae59d23f111aa58ced35b0a"
+    file = "HPS_v2.1_compressed.pt"
+    download.assert_called_once_with("xswu/HPSv2", file, revision=commit)
 
 
 # ---------------------------------------------------------------- the aesthetic head
@@ -504,7 +515,7 @@ def test_download_compares_the_checksum(wide_clip, tmp_path, monkeypatch):
     torch.save(aesthetic_head().state_dict(), published)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
     monkeypatch.setattr(AestheticScore, "head_url", published.as_uri())
-    with pytest.raises(RuntimeError, match="invalid hash"):
+    with pytest.raises(ValueError, match="published.pth: sha256 is .*: try again, or give aesth"):
         AestheticScore(model=wide_clip).load()
     assert not list(hub.rglob("*.pth"))
     checksum = hashlib.sha256(published.read_bytes()).hexdigest()
@@ -533,6 +544,125 @@ def test_published_head(wide_clip):
     (w,) = torch.autograd.grad(network(zero).sum(), zero)
     # scores lie in 5.24 -+ 18.00
     assert abs(network(zero).item() - 5.2366) < 1e-3 and abs(w.norm().item() - 17.9956) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        (
+            lambda path: None,
+            r"cannot be fetched \(.*\): fetch it elsewhere, and put it at",
+        ),
+        (lambda path: path.symlink_to("nowhere"), "cannot be fetched"),
+        (lambda path: path.mkdir(), "is not a file: remove it, or give"),
+        (lambda path: path.touch(), "sha256 is .*: delete the file"),
+    ],
+    ids=["nothing", "a link to nowhere", "a folder", "empty"],
+)
+def test_a_head_that_cannot_be_had(place, message, wide_clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(AestheticScore, "head_url", "file:///nowhere/head.pth")
+    (tmp_path / "checkpoints").mkdir()
+    place(tmp_path / "checkpoints" / "head.pth")
+    with pytest.raises(RewardError, match=f"'aesthetic' cannot be loaded: .*{message}") as e:
+        Scorer(AestheticScore(model=wide_clip)).load()
+    assert "\n" not in str(e.value)
+
+
+def test_a_download_is_given_up(wide_clip, tmp_path, monkeypatch):
+    "The time-out is urllib's own; that it is asked for, and what follows, is ours."
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with mock.patch("urllib.request.urlopen", side_effect=TimeoutError("timed out")) as urlopen:
+        with pytest.raises(ConnectionError, match="timed out.*head='FILE'"):
+            AestheticScore(model=wide_clip).load()
+    urlopen.assert_called_once_with(AestheticScore.head_url, timeout=30)
+    assert not list(tmp_path.rglob("*.pth*"))
+
+
+# ---------------------------------------------------------------- which files, and none
+
+
+COMMITS = {
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    "llava-hf/llava-1.5-7b-hf": "b234b804b114d9e37bb655e11cbbb5f5e971b7a9",
+}
+FETCHES = [
+    ("pickscore", "transformers.CLIPModel.from_pretrained", "yuvalkirstain/PickScore_v1"),
+    ("llava_vqa", "transformers.AutoProcessor.from_pretrained", "llava-hf/llava-1.5-7b-hf"),
+]
+
+
+@pytest.mark.parametrize("name, fetch, repository", FETCHES)
+def test_the_hubs_models_are_taken_at_one_commit(name, fetch, repository, hub):
+    for text, commit in ((name, COMMITS[repository]), (f"{name}(revision='mine')", "mine")):
+        with mock.patch(fetch, side_effect=OSError("We couldn't connect\nto the hub")) as fetched:
+            with pytest.raises(RewardError) as e:
+                Scorer(text).load()
+        fetched.assert_called_once_with(repository, revision=commit)
+        message = f"{name}' cannot be loaded: ConnectionError: {repository} cannot be loaded"
+        assert message in str(e.value) and "FOLDER" in str(e.value) and "\n" not in str(e.value)
+    assert set(hub) == {repository}
+
+
+def test_the_commit_of_a_processor(pick):
+    processor = "transformers.AutoProcessor.from_pretrained"
+    with mock.patch(processor, side_effect=OSError) as fetched, pytest.raises(ConnectionError):
+        PickScore(pick).load()
+    repository = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    fetched.assert_called_once_with(repository, revision=COMMITS[repository])
+
+
+@pytest.mark.parametrize(
+    "reward, repository",
+    [
+        (CLIPScore(), "timm/vit_large_patch14_clip_224.openai"),
+        (CLIPScore("ViT-H-14", "laion2b_s32b_b79k"), "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        (CLIPScore("hf-hub:timm/some-clip", None), "timm/some-clip"),
+        (HPSv2(), "xswu/HPSv2"),
+        (LLaVABERTScore(), "microsoft/deberta-xlarge-mnli"),
+    ],
+    ids=["openai", "laion", "hub", "hps", "bert"],
+)
+def test_without_a_network_one_line_says_what_to_do(reward, repository, monkeypatch):
+    def silent(asked):
+        assert asked == repository
+        raise requests.ConnectionError(mock.Mock(reason="no such host"))
+
+    monkeypatch.setattr(reward_models, "_ask_hub", silent)
+    message = (
+        f"cannot be loaded: ConnectionError: {repository} cannot be loaded .*no such host.*FI?O?LE?"
+    )
+    with pytest.raises(RewardError, match=message):
+        Scorer(reward).load()
+
+
+def test_the_hub_is_asked_only_for_what_is_not_here(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.undo()  # the fixture above
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    (tmp_path / "models--mine--here").mkdir()
+    with mock.patch("requests.head") as head:
+        for repository in ("mine/here", str(tmp_path), tmp_path):
+            reward_models._ask_hub(repository)
+        assert not head.called
+        reward_models._ask_hub("mine/there")
+        head.assert_called_once_with(constants.ENDPOINT, timeout=30)
+
+
+def test_what_is_loaded_ahead_goes_to_the_device_of_the_pictures(clip):
+    reward = Scorer(CLIPScore(clip[0])).load().reward
+    assert reward.network is not None and reward.device is None
+    reward(*args(pictures()))
+    assert reward.device.type == "cpu"
+    there = Scorer(CLIPScore(clip[0])).load("meta").reward
+    assert there.device.type == "meta" and next(there.network.parameters()).is_meta
+    away = Scorer(CLIPScore(clip[0]), offload_device="meta").load("meta")
+    assert away.reward.device.type == "cpu"
+    total = Scorer(f"clip_score(model={clip[0]!r}) + redness").load().reward
+    assert total.parts[0][1].network is not None
 
 
 # ---------------------------------------------------------------- the true architectures
@@ -901,7 +1031,8 @@ def test_protocol():
         Image.new("RGB", (5, 4)).save(png, "PNG")
         picture = base64.b64encode(png.getvalue()).decode()
     with serving(lambda images, questions: [[str(tuple(images.shape))]]) as url:
-        reply = requests.post(url, data=json.dumps({"images": [picture], "questions": [["?"]]}))
+        data = json.dumps({"images": [picture], "questions": [["?"]]})
+        reply = requests.post(url, data=data, headers={"Content-Type": "application/json"})
     assert reply.status_code == 200 and reply.json() == {"answers": [["(1, 3, 4, 5)"]]}
 
 
@@ -952,7 +1083,7 @@ def test_a_server_that_loads_is_asked_again(pauses):
 def test_a_server_that_hangs_is_given_up(pauses):
     "The time-out is requests' own; that it is asked for, and what follows, is ours."
     hangs = mock.Mock(side_effect=requests.ReadTimeout("Read timed out."))
-    message = "no answer from a LLaVA server at http://x after 2 tries: Read timed out"
+    message = "no answer from a LLaVA server at http://x after 2 tries: ReadTimeout: Read timed out"
     with mock.patch("requests.post", hangs), pytest.raises(ConnectionError, match=message):
         client("http://x", timeout=7, tries=2)(pictures(1), [["?"]])
     assert [call.kwargs["timeout"] for call in hangs.call_args_list] == [7, 7] and pauses == [1]
@@ -979,6 +1110,198 @@ def test_a_server_that_hangs_up_is_asked_again_and_named(begun, pauses):
             client(url, tries=2)(pictures(1), [["?"]])
         thread.join()
     assert pauses == [1]
+
+
+# ---------------------------------------------------------------- what the server refuses
+
+
+def say_yes(images, questions):
+    return [["yes"] * len(texts) for texts in questions]
+
+
+def png(width=4, height=4, mode="RGB"):
+    with io.BytesIO() as file:
+        Image.new(mode, (width, height)).save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()
+
+
+def request(images=None, questions=None):
+    return json.dumps({"images": images or [png()], "questions": questions or [["?"]]}).encode()
+
+
+def raw(url, text, wait=5):
+    "What a server answers to bytes."
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=wait) as connection:
+        connection.sendall(text)
+        reply = b""
+        while chunk := connection.recv(1 << 16):
+            reply += chunk
+    return reply
+
+
+JSON = "Content-Type: application/json\r\n"
+HEADERS = {
+    "no length": (JSON, 411),
+    "a negative length": (JSON + "Content-Length: -1\r\n", 411),
+    "a length that is no number": (JSON + "Content-Length: 1e3\r\n", 411),
+    "a length of another script": (JSON + "Content-Length: \u0663\r\n", 411),
+    "too long": (JSON + f"Content-Length: {2**26 + 1}\r\n", 413),
+    "another type": ("Content-Type: text/plain\r\nContent-Length: 2\r\n", 415),
+    "no type": ("Content-Length: 2\r\n", 415),
+    "another name for this machine": (JSON + "Content-Length: 2\r\nHost: evil.example\r\n", 403),
+    "no JSON": (JSON + "Content-Length: 2\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("headers, status", HEADERS.values(), ids=HEADERS)
+def test_requests_that_are_refused(headers, status):
+    with serving(say_yes) as url:
+        reply = raw(url, f"POST / HTTP/1.0\r\n{headers}\r\n[1".encode())
+        assert reply.startswith(f"HTTP/1.0 {status} ".encode()) and b'{"error": "' in reply
+        assert client(url)(pictures(1), [["?"]]) == [["yes"]]  # others are served
+
+
+BODIES = {
+    "no JSON": b"{",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "no pictures": b'{"images": [], "questions": []}',
+    "a question too many": request(questions=[["?"], ["?"]]),
+    "questions that are none": request(questions=[3]),
+    "a number for a question": request(questions=[[3]]),
+    "no base64": request(images=["?!"]),
+    "no PNG": request(images=[base64.b64encode(b"GIF89a").decode()]),
+    "a picture too large": request(images=[png(2049, 2048, "1")]),
+    "pictures too large together": request([png(2048, 2048, "1")] * 9, [["?"]] * 9),
+    "pictures of two sizes": request([png(4, 4), png(4, 5)], [["?"]] * 2),
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_bodies_that_are_refused(body):
+    with serving(say_yes) as url:
+        reply = requests.post(url, data=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400 and reply.json()["error"]
+
+
+def test_a_bomb_is_refused_by_its_header():
+    "12,000 by 12,000 pixels took five gigabytes."
+    bomb = png(12_000, 12_000, "1")
+    with mock.patch("PIL.Image.Image.convert", side_effect=AssertionError("decoded")):
+        with pytest.raises(ValueError, match="144,000,000 pixels: at most 4,194,304 each"):
+            reward_models._from_png([bomb])
+
+
+def test_a_silent_client_keeps_nobody_waiting(capsys):
+    begun = f"POST / HTTP/1.0\r\n{JSON}Content-Length: 100\r\n\r\n{{".encode()
+    with serving(say_yes) as url:
+        address = url.removeprefix("http://").split(":")
+        silent = [socket.create_connection((address[0], int(address[1]))) for _ in range(4)]
+        for connection in silent[:2]:
+            connection.sendall(begun)  # half a body; the other two say nothing
+        assert client(url, timeout=5, tries=1)(pictures(1), [["?"]]) == [["yes"]]
+        for connection in silent:
+            connection.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_silent_client_is_let_go_and_one_that_leaves_leaves_no_trace(monkeypatch, capfd):
+    monkeypatch.setattr(reward_models._Handler, "timeout", 0.2)
+    begun = f"POST / HTTP/1.0\r\n{JSON}Content-Length: 100\r\n\r\n{{".encode()
+    asked = threading.Event()
+
+    def slow(images, questions):
+        asked.set()
+        time.sleep(0.3)
+        return say_yes(images, questions)
+
+    with serving(slow) as url:
+        assert raw(url, begun) == raw(url, b"") == b""  # closed by the server
+        address = url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1]))) as connection:
+            body = request()
+            head = f"POST / HTTP/1.0\r\n{JSON}Content-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            assert asked.wait(5)
+            # a reset, as of a client that was killed
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        assert client(url, tries=1)(pictures(1), [["?"]]) == [["yes"]]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_clients_are_served_at_the_same_time_and_the_network_asked_by_one():
+    inside, most = [], []
+
+    def count(images, questions):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return say_yes(images, questions)
+
+    with serving(count) as url:
+        ask = client(url)
+        answers = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(ask(pictures(1), [["?"]])))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert answers == [[["yes"]]] * 4 and most == [1] * 4
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "192.0.2.1", "example.org"])
+def test_beyond_this_machine_a_token_is_needed(host, monkeypatch):
+    monkeypatch.delenv("LLAVA_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="needs a token, in the environment variable LLAVA_TOKEN"):
+        llava_server(say_yes, port=0, host=host)
+
+
+@pytest.mark.parametrize("token, status", [("secret", 200), ("wrong", 401), (None, 401)])
+def test_the_token(token, status, monkeypatch):
+    monkeypatch.setenv("LLAVA_TOKEN", "secret")
+    with serving(say_yes) as url:
+        if token:
+            monkeypatch.setenv("LLAVA_TOKEN", token)
+        else:
+            monkeypatch.delenv("LLAVA_TOKEN")
+        if status == 200:
+            assert client(url)(pictures(1), [["?"]]) == [["yes"]]
+        else:
+            with pytest.raises(RuntimeError, match="answered 401: .*set LLAVA_TOKEN"):
+                client(url)(pictures(1), [["?"]])
+
+
+REPLIES = {
+    "no JSON": (b"yes", "what is not a list of answers: b'yes'"),
+    "no answers": (b'{"a": 1}', "what is not a list of answers"),
+    "answers that are no lists": (b'{"answers": [3]}', "what is not a list of answers"),
+    "an answer too many": (b'{"answers": [["a", "b"]]}', "answered 2 questions"),
+    "too many bytes": (b" " * (2**26 + 1), "answered more than 67,108,864 bytes"),
+}
+
+
+@pytest.mark.parametrize("content, message", REPLIES.values(), ids=REPLIES)
+def test_what_a_server_may_not_answer(content, message):
+    reply = mock.MagicMock(status_code=200)
+    reply.__enter__.return_value = reply
+    reply.iter_content.side_effect = lambda size: iter([content])
+    with mock.patch("requests.post", return_value=reply) as post:
+        with pytest.raises(RuntimeError, match=message):
+            client("http://x")(pictures(1), [["?"]])
+    assert post.call_args.kwargs["allow_redirects"] is False
+
+
+def test_a_server_is_looked_for_before_a_run(pauses):
+    with serving(say_yes) as url:
+        assert Scorer(LLaVAQuestions(url=url)).load().name == "llava_vqa"
+    with pytest.raises(RewardError, match="no answer from a LLaVA server at"):
+        Scorer(LLaVAQuestions(url=url)).load()
+    assert pauses == [1, 2, 4, 8]
 
 
 def test_a_server_loads_before_it_listens():

@@ -1,8 +1,10 @@
 "What would bore a reader of 25 and 26: exact sizes, gradients, and how a reward can misbehave."
 
+import contextlib
 import io
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ from ddpo_scratch.rewards.base import (
     RewardWorkers,
     Scorer,
     WeightedSum,
+    _portable,
     compute_rewards,
     get_reward,
     reward,
@@ -173,10 +176,23 @@ GOOD = {
     "a list": [1, 2, 3, 4],
     "a pair, float64": (torch.ones(4, dtype=torch.float64), {"a": 1}),
     "float16": torch.ones(4, dtype=torch.float16),
+    "a column": torch.ones(4, 1),
+    "tensors": [torch.tensor(1.0), torch.tensor([2.0])[0], torch.tensor(3.0), torch.tensor(4.0)],
+    "tensors of one number": [torch.ones(1)] * 4,
+    "with nothing beside them": (torch.ones(4), None),
+    "with a dict a picture": ([1.0] * 4, [{"a": i} for i in range(4)]),
+    "with a tuple of dicts": ([1.0] * 4, ({},) * 4),
+    "bool": np.ones(4, dtype=bool),
 }
 BAD = {
-    "two dimensions": torch.ones(4, 1),
+    "two columns": torch.ones(4, 2),
+    "a row": torch.ones(1, 4),
     "too few": torch.ones(3),
+    "complex": torch.ones(4, dtype=torch.complex64),
+    "complex of numpy": np.ones(4) * 1j,
+    "complex in a list": [1j] * 4,
+    "a dict": {"rewards": [1.0] * 4},
+    "words beside them": ([1.0] * 4, ["a"] * 4),
     "a scalar": torch.tensor(1.0),
     "a NaN": [1.0, np.nan, 0, 0],
     "infinity": [np.inf] * 4,
@@ -223,6 +239,270 @@ def test_extras_are_one_a_picture_or_one_for_all(value):
 def test_extras_of_another_number(value):
     with pytest.raises(ValueError, match="reward 'returns' returned . extras 'a' on 4 pictures"):
         compute_rewards(Returns(([0.0] * 4, {"a": value})), *args(pictures()))
+
+
+def test_what_stands_beside_the_rewards_becomes_a_dict_of_lists():
+    metadata = [{"noun": "fox", "n": i} for i in range(4)]
+    extras = compute_rewards(Returns((np.arange(4), metadata)), *args(pictures()))[1]
+    assert extras == {"noun": ["fox"] * 4, "n": [0, 1, 2, 3]}
+    assert compute_rewards(Returns((5, 6)), *args(pictures(2)))[0].tolist() == [5, 6]
+    pair = (torch.tensor(5.0), torch.tensor(6.0))
+    assert compute_rewards(Returns(pair), *args(pictures(2)))[0].tolist() == [5, 6]
+
+
+def test_a_list_of_tensors_keeps_its_gradients():
+    def each(images, prompts, metadata):
+        return [image.mean() for image in images]
+
+    x = pictures().requires_grad_()
+    (gradient,) = torch.autograd.grad(compute_rewards(each, *args(x))[0].sum(), x)
+    torch.testing.assert_close(gradient, torch.full_like(x, 1 / x[0].numel()))
+
+
+# ---------------------------------------------------------------- units
+
+
+@pytest.mark.parametrize(
+    "text, unit",
+    [
+        ("jpeg_compressibility", "kB"),
+        ("jpeg_incompressibility", "kB"),
+        ("jpeg_compressibility_estimate", "kB"),
+        ("jpeg_incompressibility_estimate", "kB"),
+        ("2*jpeg_compressibility - jpeg_incompressibility_estimate", "kB"),
+        ("jpeg_compressibility + redness", ""),
+        ("redness", ""),
+        ("target_color('teal')", ""),
+        ("tiny_animal", "nats"),
+        ("tiny_preference - 2*tiny_animal", "nats"),
+        ("pickscore", "nats"),
+        ("tiny_animal + jpeg_compressibility", ""),
+    ],
+)
+def test_units(text, unit):
+    assert Scorer(text).unit == unit
+
+
+def test_the_unit_of_ones_own():
+    def mine(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    assert Scorer(mine).unit == ""
+    mine.unit = "points"
+    assert Scorer(mine).unit == "points" == WeightedSum({mine: 2}).unit
+    assert reward("mine_of_a_test", unit="cm")(mine).unit == "cm"
+    assert reward("metres_of_a_test", unit="m")(type("Metres", (Reward,), {})).unit == "m"
+
+
+def test_every_registered_reward_says_what_it_scores():
+    for name, thing in REWARDS.items():
+        if "of_a_test" not in name:
+            first = (thing.__doc__ or "").strip().splitlines()[0]
+            assert len(first) > 20 and first[0].isupper() and first[-1] in ".:)", (name, first)
+
+
+# ---------------------------------------------------------------- functions of fewer arguments
+
+
+def of_images(images):
+    return images.mean((1, 2, 3))
+
+
+def of_prompts_too(images, prompts):
+    assert prompts == ["a fox"] * len(images)
+    return images.mean((1, 2, 3))
+
+
+def of_prompts_first(prompt, image):
+    assert prompt == ["a fox"] * len(image)
+    return image.mean((1, 2, 3))
+
+
+def of_metadata(images, metadata):
+    assert metadata == [{}] * len(images)
+    return images.mean((1, 2, 3))
+
+
+def with_an_option(images, prompts, scale=1.0):
+    return scale * images.mean((1, 2, 3))
+
+
+def as_in_trl(images, prompts, prompt_metadata):
+    return [image.mean() for image in images], prompt_metadata
+
+
+def as_in_flow_grpo(images, prompts, metadata, only_strict=True):
+    return images.mean((1, 2, 3)).numpy(), {}
+
+
+def named_otherwise(pixels, words=None, rest=None):
+    assert words == ["a fox"] * len(pixels) and rest == [{}] * len(pixels)
+    return pixels.mean((1, 2, 3))
+
+
+class Scores:
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+FEWER = [of_images, of_prompts_too, of_prompts_first, of_metadata, with_an_option]
+FEWER += [as_in_trl, as_in_flow_grpo, named_otherwise, Scores()]
+
+
+@pytest.mark.parametrize("fn", FEWER, ids=lambda f: getattr(f, "__name__", "object"))
+def test_rewards_of_fewer_arguments(fn):
+    want = pictures().mean((1, 2, 3))
+    for one in (fn, get_reward(fn), WeightedSum({fn: 1.0}), Scorer(fn)):
+        scored = one(*args(pictures())) if one.__class__ is Scorer else None
+        values, _ = scored or compute_rewards(one, *args(pictures()))
+        torch.testing.assert_close(values, want)
+    assert Scorer(fn).differentiable and Scorer(fn).name == getattr(fn, "__name__", "Scores")
+    name = getattr(fn, "__name__", None)
+    if name:
+        values, _ = Scorer(f"2*{HERE}:{name}")(*args(pictures()))
+        torch.testing.assert_close(values, 2 * want)
+        with RewardWorkers(f"{HERE}:{name}", 1) as workers:
+            torch.testing.assert_close(workers.submit(*args(pictures())).result()[0], want)
+
+
+def of_a_colour(color):
+    return target_color(color)
+
+
+def of_strangers(one, two):
+    return one
+
+
+@pytest.mark.parametrize("fn", [of_a_colour, of_strangers])
+def test_what_makes_a_reward_is_none_and_the_message_says_both(fn):
+    message = f"{fn.__name__} takes .*if it scores pictures itself, name its arguments images, prom"
+    for thing in (fn, f"{HERE}:{fn.__name__}"):
+        with pytest.raises(ValueError, match=message):
+            get_reward(thing)
+    assert get_reward(f"{HERE}:of_a_colour('red')").name == "target_color(red)"
+
+
+# ---------------------------------------------------------------- what a reward does by the way
+
+
+def subtracts(images, prompts, metadata):
+    return images.sub_(0.5).div_(0.25).mean((1, 2, 3))
+
+
+def goes_past_autograd(images, prompts, metadata):
+    images.data.mul_(3)
+    return images.mean((1, 2, 3))
+
+
+def goes_through_numpy(images, prompts, metadata):
+    images.detach().numpy()[:] = 0
+    return images.mean((1, 2, 3))
+
+
+def empties(images, prompts, metadata):
+    for m in metadata:
+        m.get("questions", []).append("spoilt")
+        m.clear()
+    metadata.clear()
+    prompts.clear()
+    return images.mean((1, 2, 3))
+
+
+IN_PLACE = [subtracts, goes_past_autograd, goes_through_numpy, empties]
+
+
+def watched():
+    metadata = [{"questions": ["?"]} for _ in range(4)]
+    return pictures(), ["a fox"] * 4, metadata
+
+
+@pytest.mark.parametrize("fn", IN_PLACE)
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_a_reward_that_works_in_place_changes_nothing(fn, wants_gradient):
+    images, prompts, metadata = watched()
+    x = images.clone().requires_grad_(wants_gradient)
+    for one in (fn, WeightedSum([(1, fn), (1, "brightness"), (1, sees)])):
+        values, extras = compute_rewards(one, x, prompts, metadata)
+        assert torch.equal(x, images) and (prompts, metadata) == watched()[1:]
+    torch.testing.assert_close(extras["brightness"], images.mean((1, 2, 3)))
+    if wants_gradient and fn is subtracts:
+        (gradient,) = torch.autograd.grad(compute_rewards(fn, x, prompts, metadata)[0].sum(), x)
+        torch.testing.assert_close(gradient, torch.full_like(x, 4 / x[0].numel()))
+
+
+def sees(images, prompts, metadata):
+    assert (prompts, metadata) == watched()[1:]
+    return images.mean((1, 2, 3))
+
+
+def test_every_try_gets_its_own_copy(pauses):
+    tries = []
+
+    def shaky(images, prompts, metadata):
+        tries.append(images.mean().item())
+        images.zero_()
+        prompts.clear()
+        return [1 / (len(tries) - 1)]
+
+    compute_rewards(shaky, *args(pictures(1)), retries=1)
+    assert tries == [pictures(1).mean().item()] * 2
+
+
+def test_pictures_that_are_kept_are_those_that_were_scored():
+    images = pictures()
+    with Scorer(subtracts, workers=1).batches() as submit:
+        submit(*args(images)).result()
+    assert torch.equal(images, pictures())
+
+
+def wanders(images, prompts, metadata):
+    os.chdir("/")
+    return images.mean((1, 2, 3))
+
+
+def wanders_and_fails(images, prompts, metadata):
+    os.chdir("/")
+    raise KeyError("lost")
+
+
+@pytest.mark.parametrize("fn", [wanders, wanders_and_fails])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_working_directory_is_put_back(fn, workers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    context = pytest.raises(RewardError) if fn is wanders_and_fails else contextlib.nullcontext()
+    with context, Scorer(fn, workers=workers).batches() as submit:
+        submit(*args(pictures())).result()
+    assert os.getcwd() == str(tmp_path)
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    compute_rewards(wanders, *args(pictures()))
+
+
+def test_the_default_dtype_is_put_back_and_the_reward_named():
+    def doubles(images, prompts, metadata):
+        torch.set_default_dtype(torch.float64)
+        return images.mean((1, 2, 3))
+
+    message = (
+        "'doubles' failed .* set torch's default dtype to torch.float64, which changes the run"
+    )
+    with pytest.raises(RewardError, match=message):
+        compute_rewards(doubles, *args(pictures()))
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reward_does_not_end_the_run(workers):
+    def leaves(images, prompts, metadata):
+        sys.exit(3)
+
+    with pytest.raises(RewardError, match="'leaves' failed on 4 pictures .*: SystemExit: 3"):
+        with Scorer(leaves, workers=workers).batches() as submit:
+            submit(*args(pictures())).result()
 
 
 BATCHES = {
@@ -546,7 +826,7 @@ def test_the_folder_is_searched_for_names():
         ("redness + blue", "did you mean blueness"),
         ("qqq", "known: .*, and weighted sums of them"),
         ("target_color", "missing a required argument: 'color'"),
-        ("target_color(colour='red')", r"write target_color\(color\) with values"),
+        ("target_color(colour='red')", r"target_color takes \(color\)"),
         ("target_color('oranje')", "is not a colour"),
         ("redness()", "without brackets"),
         ("(redness)(1)", "without brackets"),
@@ -559,10 +839,10 @@ def test_the_folder_is_searched_for_names():
         ("no_such_module:fn", "cannot load"),
         ("redness.x", "cannot load"),
         ("ddpo_scratch.rewards.base:nothing", "cannot load"),
-        ("ddpo_scratch.prompts:OBJECTS", "is a list: needs a function or a Reward"),
-        (f"{HERE}:not_a_reward(3)", "made a int"),
+        ("ddpo_scratch.prompts:OBJECTS", "is of type list: needs a function or a Reward"),
+        (f"{HERE}:not_a_reward(3)", "made a thing of type int"),
         (f"{HERE}:not_a_reward", "missing a required argument"),
-        (3, "is a int"),
+        (3, "is of type int"),
         (None, "NoneType"),
     ],
 )
@@ -722,6 +1002,78 @@ def test_leaving_by_an_exception_cancels_what_has_not_begun():
         workers.submit(*one(0.5))
 
 
+def hangs(images, prompts, metadata):
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_nobody_waits_for_a_reward_that_hangs(kind):
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        with RewardWorkers(f"{HERE}:hangs", 1, kind) as workers:
+            futures = [workers.submit(*args(pictures())) for _ in range(3)]
+            while futures[0].running() is False:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+    assert [f.cancelled() for f in futures] == [False, True, True]
+    assert time.monotonic() - start < 20
+    if kind == "process":
+        assert workers._processes[0].process.exitcode == -signal.SIGKILL
+
+
+SCRIPT = """
+import os, signal, threading, time
+import torch
+from ddpo_scratch.rewards.base import Scorer, RewardWorkers
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+def hangs(images, prompts, metadata):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+
+signal.signal(signal.SIGTERM, stop)
+try:
+    with Scorer(hangs, workers=2).batches() as submit:
+        submit(torch.rand(1, 3, 8, 8), ["a fox"], [{}]).result()
+except KeyboardInterrupt:
+    print("saved", flush=True)
+"""
+
+
+def test_a_process_ends_though_its_reward_hangs():
+    "As a run does: a signal, the checkpoint, the end."
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.returncode) == ("saved\n", 0), done.stderr
+
+
+def crashes(images, prompts, metadata):
+    os._exit(7)
+
+
+def test_a_process_that_dies_is_named():
+    with RewardWorkers(f"{HERE}:crashes", 1, "process") as workers:
+        future = workers.submit(*args(pictures()))
+        with pytest.raises(RewardError, match="process of a reward died with exit code 7"):
+            future.result()
+
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def test_an_exception_comes_from_a_process_with_its_traceback():
+    error = _portable(ZeroDivisionError("no"))
+    assert type(error) is ZeroDivisionError and "ZeroDivisionError: no" in error.__notes__[0]
+    error = _portable(Odd(1, 2))
+    assert type(error) is RewardError and str(error) == "Odd: 1 and 2"
+    assert pickle.loads(pickle.dumps(error)).__notes__ == error.__notes__
+
+
 def test_threads_take_the_callers_grad_mode():
     weight = torch.ones(3, requires_grad=True)
 
@@ -854,6 +1206,37 @@ def test_what_is_not_offloaded_stays(offload_device, reward_fn):
     with scorer.batches() as submit:
         submit(*args(pictures()))
     assert getattr(reward_fn, "events", ["score"]) == ["score"]
+
+
+class Holds(Constant):
+    "Holds something that has to be loaded, or cannot be."
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.loaded = []
+        self.error = error
+
+    def load(self, device=None):
+        self.loaded.append(device)
+        if self.error:
+            raise self.error
+
+
+def test_a_scorer_loads_what_its_reward_holds():
+    first, second = Holds(), Holds()
+    scorer = Scorer(WeightedSum([(1, first), (1, WeightedSum({second: 1})), (1, plain)]))
+    assert scorer.load("meta") is scorer and first.loaded == second.loaded == ["meta"]
+    offloaded = Scorer(Holds(), offload_device="meta").load("meta")
+    assert offloaded.reward.loaded == ["cpu"]
+    for cheap in ("redness", plain, of_images, Constant()):
+        Scorer(cheap).load()
+
+
+@pytest.mark.parametrize("error", [OSError("no\n  file"), ImportError("no package"), KeyError("x")])
+def test_what_cannot_be_loaded_is_told_in_one_line(error):
+    with pytest.raises(RewardError, match="reward 'constant' cannot be loaded: ") as e:
+        Scorer(Holds(error)).load()
+    assert "\n" not in str(e.value) and type(error).__name__ in str(e.value)
 
 
 def test_what_a_scorer_tells_of_its_reward():

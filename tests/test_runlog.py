@@ -4,6 +4,7 @@ import contextlib
 import importlib.machinery
 import importlib.metadata
 import json
+import os
 import sys
 
 import pytest
@@ -68,6 +69,65 @@ def test_a_log_cut_off_in_its_last_line_is_read_and_one_broken_before_is_named(t
     assert (tmp_path / "metrics.jsonl").read_text() == broken
 
 
+BROKEN = {
+    b'{"epoch": 2': "is not JSON",
+    b"\xff\x00": "is not JSON",
+    b"": "is not JSON",
+    b"[2]": 'is not a row: it has no whole number "epoch"',
+    b'{"reward_mean": 1.0}': "is not a row",
+    b'{"epoch": "2"}': "is not a row",
+}
+
+
+@pytest.mark.parametrize("line, message", BROKEN.items(), ids=map(str, BROKEN))
+def test_a_line_that_is_no_row_is_named_with_its_file(tmp_path, line, message):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"epoch": 1}\n' + line + b'\n{"epoch": 3}\n')
+    with pytest.raises(ValueError) as caught:
+        L.read_metrics(tmp_path)
+    assert str(caught.value).startswith(f"{str(path)!r}: line 2 {message}")
+    assert str(caught.value).endswith(": mend it, or remove it")
+    # what a crash leaves at the end is no part of the log
+    path.write_bytes(b'{"epoch": 1}\n' + line)
+    assert L.read_metrics(tmp_path) == [{"epoch": 1}]
+
+
+def test_a_last_line_without_its_end_is_whole_after_resuming(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": 1}\n{"epoch": 2}')
+    L.RunLog(tmp_path, TrainConfig(), epoch=2).row(row(3))
+    assert [r["epoch"] for r in L.read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_rows_that_are_not_there_are_told(tmp_path, capsys):
+    lines = "".join(f'{{"epoch": {k}}}\n' for k in (1, 4, 6))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    path = str(tmp_path / "metrics.jsonl")
+    for epoch, missing in ((2, "row of epoch 2 is"), (6, "rows of epochs 2 to 3, 5 are")):
+        (tmp_path / "metrics.jsonl").write_text(lines)
+        L.RunLog(tmp_path, TrainConfig(), epoch)
+        said = f"note: the {missing} not in {path!r}: the curves will lack them\n"
+        assert capsys.readouterr().out == said
+    (tmp_path / "metrics.jsonl").unlink()
+    L.RunLog(tmp_path, TrainConfig(), epoch=0)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "config.yaml"])
+def test_files_are_whole_or_as_before(tmp_path, monkeypatch, name):
+    L.RunLog(tmp_path, TrainConfig()).row(row(1))
+    before, real = (tmp_path / name).read_bytes(), os.replace
+
+    def replace(old, new):
+        if str(new).endswith(name):
+            raise OSError(28, "No space left on device")
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError):
+        L.RunLog(tmp_path, TrainConfig(seed=5), epoch=1)
+    assert (tmp_path / name).read_bytes() == before
+
+
 # What ran.
 
 
@@ -82,6 +142,24 @@ def test_environment_says_what_ran(tmp_path, monkeypatch):
     assert {"python", "system", "pillow", "accelerate", "device", "devices", "threads"} < set(
         environment
     )
+
+
+STARTED = {
+    "/opt/bin/ddpo_train --seed 3": "ddpo_train --seed 3",
+    "ddpo_train.exe": "ddpo_train.exe",
+    "/x/site-packages/ipykernel_launcher.py -f k.json": "from Python",
+    "-c": "from Python",
+    "": "from Python",
+    "/x/bin/pytest -q": "from Python",
+    "work/foxes.py --n 3": "from Python: foxes.py --n 3",
+}
+
+
+@pytest.mark.parametrize("words, line", STARTED.items(), ids=STARTED)
+def test_only_a_command_is_kept_as_one(tmp_path, monkeypatch, words, line):
+    monkeypatch.setattr(sys, "argv", words.split() or [""])
+    L.record_environment(tmp_path)
+    assert (tmp_path / "command.txt").read_text() == line + "\n"
 
 
 # Trackers.
@@ -140,11 +218,12 @@ def test_a_folder_called_like_a_tracker_is_not_that_tracker(tmp_path, monkeypatc
         L.check_trackers(TrainConfig(log_with="trackio"))
 
 
-def test_tensorboard_reads_back_and_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
+def test_tensorboard_reads_back_and_a_resumed_run_replaces_its_later_rows(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = TrainConfig(log_with="tensorboard")
     log = L.RunLog(tmp_path, config)
+    assert f"tensorboard --logdir {tmp_path.parent}\n" in capsys.readouterr().out
     log.images(pictures(), ["a", "b", "c"], [1.0, 2.0, 3.0], 0)
     for epoch in (1, 2, 3):
         log.row(dict(epoch=epoch, reward_mean=float(epoch)))

@@ -13,10 +13,11 @@ import diffusers
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from sd_models import SCHEDULERS, build
 
 from ddpo_scratch.diffusion import Schedule, ddim_mean_std
-from ddpo_scratch.models import sd
+from ddpo_scratch.models import base, sd
 from ddpo_scratch.rollout import sample, step_log_prob
 
 for library in (diffusers, transformers):
@@ -502,7 +503,7 @@ def test_what_is_saved_loads_again(fresh, tmp_path, name):
     lora, whole = fresh(name), fresh(name)
     shake(lora.trainable(2))
     x, t, c = inputs(lora)
-    assert lora.save(tmp_path) == tmp_path / "lora"
+    assert lora.save(tmp_path) == tmp_path / "pytorch_lora_weights.safetensors"
     shake(whole.trainable())
     gathered = {k: v.clone() for k, v in whole.pipe.unet.state_dict().items()}
     places = [whole.save(tmp_path)]
@@ -524,6 +525,178 @@ def test_what_is_saved_loads_again(fresh, tmp_path, name):
     )
 
 
+# Places and shapes of models
+
+
+def test_a_model_knows_its_name_and_its_judges(tiny, folders, denoisers):
+    assert (tiny.name, tiny.judges()) == ("tiny", ("tiny_clip_score", "tiny_animal"))
+    denoiser = denoisers("sdxl")
+    assert (denoiser.name, denoiser.judges()) == (folders("sdxl"), ())
+    plain = diffusers.StableDiffusionPipeline.from_pretrained(sd.TINY)
+    assert sd.denoiser_for(plain).name == "tiny"
+    made = diffusers.StableDiffusionPipeline(**plain.components, requires_safety_checker=False)
+    assert sd.denoiser_for(made).name == "diffusers:StableDiffusionPipeline"
+
+
+def test_the_revision_reaches_diffusers_and_the_name(monkeypatch):
+    pipe, seen = sd.load_pipeline("tiny"), []
+
+    def from_pretrained(source, revision=None, **options):
+        seen.append((source, revision))
+        return pipe
+
+    index = dict(_class_name="StableDiffusionPipeline")
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", lambda *a, **options: index)
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.from_pretrained", from_pretrained)
+    assert sd.StableDiffusion.load("owner/model@abc").name == "owner/model@abc"
+    assert sd.StableDiffusion.load("owner/model").judges() == ()
+    assert seen == [("owner/model", "abc"), ("owner/model", None)]
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_damaged_weights_are_one_line(tmp_path, part):
+    folder = build("sd15", tmp_path)
+    file = next((folder / part).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be loaded: ") as caught:
+        sd.load_pipeline(folder)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_folders_with_half_precision_only_are_loaded_with_a_word(tmp_path, name):
+    pipe = sd.load_pipeline(build(name, tmp_path / "whole"))
+    expected = {k: v.half().float() for k, v in pipe.unet.state_dict().items()}
+    for part in (*sd._text_encoders(pipe), pipe.unet, pipe.vae):
+        torch.nn.Module.to(part, torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half").glob("*/*model.safetensors"))
+    with pytest.warns(UserWarning, match="half precision only"):
+        again = sd.load_pipeline(tmp_path / "half")
+    assert all(torch.equal(v, expected[k]) for k, v in again.unet.state_dict().items())
+    assert again.unet.dtype == torch.float32
+    onward = sd.denoiser_for(again)
+    assert all(p.requires_grad for p in onward.trainable(start_from=tmp_path / "half"))
+
+
+def checkpoint(file, *names):
+    "Write a single file with weights of these names"
+    tensors = {name: torch.zeros(1, 4, 1, 1) for name in names}
+    if file.suffix == ".ckpt":
+        torch.save(dict(state_dict=tensors), file)
+    else:
+        save_file(tensors, file)
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_single_files_are_read_by_diffusers_where_it_has_their_configuration(
+    folders, tmp_path, monkeypatch, suffix
+):
+    seen, pipes = [], dict(sd=sd.load_pipeline("tiny"), xl=sd.load_pipeline(folders("sdxl")))
+    unet = "model.diffusion_model.input_blocks.0.0.weight"
+    for kind, cls, more in (
+        ("sd", "StableDiffusionPipeline", "cond_stage_model.transformer.a"),
+        ("xl", "StableDiffusionXLPipeline", "conditioner.embedders.1.model.a"),
+    ):
+        file = checkpoint(tmp_path / f"{kind}{suffix}", unet, more)
+
+        def from_single_file(path, kind=kind, **options):
+            seen.append(path)
+            return pipes[kind]
+
+        monkeypatch.setattr(f"diffusers.{cls}.from_single_file", from_single_file)
+        denoiser = base.load(file)
+        assert denoiser.pipe is pipes[kind] and denoiser.name == str(file) == seen[-1]
+        assert denoiser.judges() == ()
+
+
+def test_a_single_file_without_a_configuration_gets_the_command_that_converts_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    file = checkpoint(tmp_path / "model.safetensors", name)
+    with pytest.raises(ValueError, match="convert it where there is a network") as caught:
+        base.load(file)
+    message = str(caught.value)
+    assert "\n" not in message and f"P.from_single_file('{file}').save_pretrained(" in message
+
+
+def test_networks_that_do_not_draw_from_a_prompt_and_noise_are_one_line(folders):
+    "Inpainting, SDXL's refiner, and a subclass that forgot to call its parent"
+    pipe = sd.load_pipeline(folders("sd15"))
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(ValueError, match="takes 9 channels, and its decoder 4: .*inpainting"):
+        sd.denoiser_for(pipe)
+    refiner = sd.load_pipeline(folders("sdxl"))
+    refiner.text_encoder = refiner.tokenizer = None
+    with pytest.raises(ValueError, match="has no text_encoder and no tokenizer: .*refiner"):
+        sd.denoiser_for(refiner)
+
+    class Forgetful(diffusers.StableDiffusionPipeline):
+        def __init__(self):
+            pass
+
+    with pytest.raises(ValueError, match="has no unet and no vae and no .*super"):
+        sd.denoiser_for(Forgetful())
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("own", [False, True])
+def test_rectangular_pictures_are_those_of_diffusers(folders, name, own):
+    "By the model's own sample_size, a pair, or by height and width; SDXL is told both"
+    denoiser = sd.denoiser_for(sd.load_pipeline(folders(name)), W)
+    pipe = sd.load_pipeline(folders(name))
+    if own:
+        denoiser.pipe.unet.register_to_config(sample_size=[4, 12])
+        denoiser = sd.denoiser_for(denoiser.pipe, W)
+    else:
+        assert denoiser.resize(8, 24) is denoiser
+    assert denoiser.latent_shape == (4, 4, 12)
+    config = pipe.scheduler.config
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=False)
+    options = dict(num_inference_steps=STEPS, guidance_scale=W, eta=1.0, generator=streams())
+    images = pipe(PROMPTS, height=8, width=24, output_type="pt", **options).images
+    c = denoiser.encode(PROMPTS)
+    if name == "sdxl":
+        assert c.time_ids.tolist() == [[8, 24, 0, 0, 8, 24]] * 2
+    with torch.no_grad():
+        ours = denoiser.decode(sample(denoiser, c, STEPS, 1.0, streams()).x0)
+    assert ours.shape == (2, 3, 8, 24) and (images - ours).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "sides, message",
+    [
+        ((10, 0), "height 10 does not fit this model: expected a multiple of 4, such as 8 or 12"),
+        ((0, 1), "width 1 does not fit this model: expected a multiple of 4, such as 4 or 8"),
+        ((-4, 0), "height -4 does not fit"),
+    ],
+)
+def test_sizes_that_the_levels_cannot_halve(fresh, sides, message):
+    denoiser = fresh("sd15")
+    with pytest.raises(ValueError, match=message):
+        denoiser.resize(*sides)
+    assert denoiser.latent_shape == (4, 8, 8)
+    assert denoiser.resize(12, 0).latent_shape == (4, 6, 8)
+    assert denoiser.resize().latent_shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_long_prompt_is_cut_with_one_warning_that_says_what_is_lost(fresh, recwarn, name):
+    denoiser, long = fresh(name), "a " + "very " * 13 + "old fox"
+    kept = denoiser.encode(["a " + "very " * 13]).cond
+    assert not [w for w in recwarn if "is not read" in str(w.message)]
+    for _ in range(2):
+        cut = denoiser.encode([long, "a fox"]).cond
+        denoiser._embeddings.clear()
+    found = [str(w.message) for w in recwarn if "is not read" in str(w.message)]
+    assert len(found) == 1
+    assert "reads 16 tokens" in found[0] and "the end 'old fox' is not read" in found[0]
+    assert torch.equal(cut[:1], kept)
+
+
 # Sizes
 
 
@@ -540,7 +713,7 @@ def test_sizes_of_a_folder_are_those_of_its_weights(folders, fresh, name):
     for targets in sd.LORA_TARGETS:
         params = sd.add_lora(fresh(name), 1, targets=targets)
         assert sizes[targets] == sum(p.numel() for p in params), targets
-    assert (sizes["channels"], sizes["side"], sizes["side"]) == denoiser.latent_shape
+    assert (sizes["channels"], *sizes["latent"]) == denoiser.latent_shape
     assert (sizes["tokens"], sizes["width"]) == tuple(denoiser.encode(PROMPTS).cond.shape[1:])
     assert sizes["factor"] == 2
 
@@ -556,6 +729,23 @@ def test_sizes_count_a_weight_once(tmp_path):
     for file in (folder / "unet").glob("*.safetensors"):
         file.unlink()
     assert sd.StableDiffusion.sizes(folder) is None
+
+
+def test_sizes_of_a_rectangle(tmp_path):
+    folder = build("sdxl", tmp_path)
+    square = sd.StableDiffusion.sizes(folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | dict(sample_size=[4, 16])))
+    sizes = sd.StableDiffusion.sizes(folder)
+    assert sizes["latent"] == (4, 16) and sizes["side"] == 8
+    assert sizes == square | dict(latent=(4, 16))
+
+
+@pytest.mark.parametrize("name, needs", [("sd15", False), ("sdxl", True)])
+def test_sizes_say_whether_the_decoder_needs_float32(folders, name, needs):
+    assert sd.StableDiffusion.sizes(folders(name))["decoder_needs_float32"] is needs
+    known = {k: v["decoder_needs_float32"] for k, v in sd._HUB.items()}
+    assert all(v is ("xl" in k) for k, v in known.items())
 
 
 @pytest.mark.parametrize(

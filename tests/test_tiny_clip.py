@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpo_scratch.models.tiny import CONCEPTS, caption, load_sprites
-from ddpo_scratch.rewards.base import compute_rewards, get_reward
+from ddpo_scratch.models.tiny import CONCEPTS, caption, load_classifier, load_sprites
+from ddpo_scratch.rewards.base import RewardError, compute_rewards, get_reward
 from ddpo_scratch.rewards.models import CLIPReward
+from ddpo_scratch.rewards.tiny_animal import _concept
 from ddpo_scratch.rewards.tiny_clip import (
     TinyPreference,
     bradley_terry_loss,
@@ -21,7 +22,7 @@ from ddpo_scratch.rewards.tiny_clip import (
 )
 from ddpo_scratch.train import TrainConfig, train
 
-REWARDS = ["tiny_clip_score", "tiny_preference", "tiny_aesthetic"]
+REWARDS = ["tiny_clip_score", "tiny_preference", "tiny_aesthetic", "tiny_animal"]
 NAMES = [caption((i, 0, 0, 0), (1.0, 1.0)) for i in range(len(CONCEPTS))]  # "a cat", "a dog", ...
 
 
@@ -89,6 +90,53 @@ def test_preference_prefers_the_right_subject(sprites):
     wrong = reward(images, [NAMES[(i + 7) % 77] for i in scenes[:, 0]], None)
     gain = right - wrong
     assert (gain > 0).float().mean() > 0.95 and 1 < gain.mean() < 6  # the judge's odds say 3
+
+
+@torch.no_grad()
+def test_the_animal_is_the_classifiers_own_log_probability(sprites):
+    scenes, images, _ = draw_batch(100, torch.Generator().manual_seed(13), sprites)
+    nouns = [CONCEPTS[i] for i in scenes[:, 0]]
+    animal = get_reward("tiny_animal")
+    values, _ = compute_rewards(animal, images, ["x"] * 100, [{"noun": noun} for noun in nouns])
+    want = load_classifier()(images).log_softmax(1)[torch.arange(100), scenes[:, 0]]
+    torch.testing.assert_close(values, want)
+    assert values.mean() > -0.3 and animal.unit == "nats"
+    named, _ = compute_rewards(animal, images, [f"one {noun}" for noun in nouns], [{}] * 100)
+    assert torch.equal(named, values)
+    large = F.interpolate(images, (128, 96), mode="bilinear")
+    big, _ = compute_rewards(animal, large, nouns, [{}] * 100)
+    assert big.mean() > -1  # another size and shape, much the same animals
+
+
+WHICH = {
+    "a fox": "fox",
+    "3 geese": "goose",
+    "Wolves!": "wolf",
+    "a cat in a boat": "cat",
+    "a boat with a cat": "cat",
+    "a boat": "boat",
+    "a fox and an owl": "fox",
+    "a panda, oil on canvas": "panda",
+}
+
+
+@pytest.mark.parametrize("prompt, noun", WHICH.items())
+def test_the_animal_is_found_in_the_prompt(prompt, noun):
+    assert CONCEPTS[_concept(prompt, {})] == noun == CONCEPTS[_concept("a car", {"noun": noun})]
+
+
+@pytest.mark.parametrize(
+    "prompt, metadata, message",
+    [
+        ("a spaceship", {}, "the prompt 'a spaceship' names nothing that the classifier"),
+        ("", None, "the prompt '' names nothing"),
+        ("a foxglove", {"answers": ["fox"]}, "'a foxglove' names nothing"),
+        ("a fox", {"noun": "tench"}, "'tench' is nothing that .*one of 77 nouns such as cat, dog"),
+    ],
+)
+def test_a_prompt_without_an_animal_is_named(prompt, metadata, message):
+    with pytest.raises(RewardError, match=f"'tiny_animal' failed .*{message}.*common_animals"):
+        compute_rewards(get_reward("tiny_animal"), torch.rand(1, 3, 64, 64), [prompt], [metadata])
 
 
 def test_bradley_terry_loss_is_the_bernoulli_likelihood():

@@ -10,11 +10,12 @@ import ddpo_scratch.train as module
 from ddpo_scratch.checkpoint import find_checkpoint
 from ddpo_scratch.config import read_config
 from ddpo_scratch.evaluate import fixed_seed_images, spread_prompts
+from ddpo_scratch.look import look, look_is_due
 from ddpo_scratch.methods.base import Method, find_method
 from ddpo_scratch.methods.rwr import rwr_loss
 from ddpo_scratch.models.sd import StableDiffusion, load_lora, load_pipeline
 from ddpo_scratch.prompts import COMMON_ANIMALS
-from ddpo_scratch.rewards.base import Reward, reward
+from ddpo_scratch.rewards.base import Reward, get_reward as find_reward, reward
 from ddpo_scratch.rollout import default_clip_range, policy
 from ddpo_scratch.runlog import read_metrics
 from ddpo_scratch.setup import setup
@@ -22,8 +23,6 @@ from ddpo_scratch.train import (
     backprop_update,
     collect,
     fit,
-    look,
-    look_is_due,
     micro_batches,
     train,
     update,
@@ -107,6 +106,9 @@ def test_resume_refuses_what_is_no_checkpoint_or_another_configuration(tmp_path)
     resumed = dict(resume_from=str(tmp_path / "a"))
     with pytest.raises(ValueError, match="train_learning_rate was 0.002, now 0.5"):
         setup(small(tmp_path, num_epochs=3, train_learning_rate=0.5, **resumed))
+    # a run without its report may be resumed, which writes it
+    assert setup(small(tmp_path, num_epochs=1, **resumed)).finished
+    fit(small(tmp_path, num_epochs=1, **resumed))
     with pytest.raises(ValueError, match="already finished epoch 1"):
         setup(small(tmp_path, num_epochs=1, **resumed))
 
@@ -225,8 +227,8 @@ def test_score_function_trains(tmp_path):
 def test_nan_stops_before_the_weights_change_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     state = setup(small(tmp_path, run_name="a", num_epochs=3))
 
-    def poisoned(state, progress=iter):
-        samples = collect(state, progress)
+    def poisoned(state):
+        samples = collect(state)
         if state.epoch == 1:
             samples.weights[:] = float("nan")
         return samples
@@ -445,7 +447,8 @@ def test_methods_without_a_ratio_report_none(tmp_path):
 def test_pictures_of_before_and_after_are_drawn_at_their_own_guidance(tmp_path):
     state = setup(small(tmp_path, eval_num_images=3, eval_guidance_scale=3.0))
     look(state)
-    images, prompts, _ = torch.load(state.folder / "eval/epoch_0000.pt", weights_only=True)
+    kept = torch.load(state.folder / "eval/epoch_0000.pt", weights_only=True)
+    images, prompts = kept["images"], kept["prompts"]
     assert state.denoiser.guidance_scale == 1.0
     guided = StableDiffusion(load_pipeline("tiny"), 3.0)
     expected = fixed_seed_images(guided, prompts, seed=0, n_steps=5, batch_size=8)
@@ -474,8 +477,9 @@ def test_a_run_stops_at_its_gain_and_resuming_knows_it(tmp_path, capsys):
     assert find_checkpoint(folder).name == "epoch_0004"
     fields |= dict(resume_from=str(folder))
     with pytest.raises(ValueError, match="stopped after epoch 4, .* had gained 30.0%"):
-        setup(small(tmp_path, stop_gain=0.25, **fields))
-    assert not setup(small(tmp_path, stop_gain=0.5, **fields)).finished
+        setup(small(tmp_path, stop_gain=0.25, **fields), reward_fn=scripted)
+    again = setup(small(tmp_path, stop_gain=0.5, **fields), reward_fn=scripted)
+    assert not again.finished
 
 
 def test_looks_come_every_epoch_near_the_goal_in_shorter_strides(tmp_path):
@@ -513,7 +517,7 @@ def test_looking_changes_no_number_of_training(tmp_path):
         rows[name] = numbers(tmp_path / name)
     assert "eval_gain" in rows["looks"][0]
     for row in rows["looks"]:
-        for key in [key for key in row if key.startswith("eval")]:
+        for key in [key for key in row if key.startswith(("eval", "judge"))]:
             del row[key]
     assert rows["blind"] == rows["looks"]
 
@@ -550,7 +554,8 @@ def test_a_run_leaves_its_folder_and_a_lora_that_diffusers_loads(tmp_path):
     folder = fit(small(tmp_path, eval_num_images=3, num_epochs=1))
     left = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "reward_curve.png", "before_after.png"} <= left
-    assert {"lora", "checkpoints", "report.json", "README.md"} <= left
+    assert {"pytorch_lora_weights.safetensors", "comfyui.safetensors", "checkpoints"} <= left
+    assert {"report.json", "report.html", "README.md"} <= left
     assert load_lora(load_pipeline("tiny"), folder).unet.peft_config
 
 
@@ -564,11 +569,91 @@ def test_a_run_that_an_error_stops_says_from_where_it_can_go_on(tmp_path, capsys
     assert message in capsys.readouterr().out
 
 
-def test_a_log_gets_a_plain_line_an_epoch(tmp_path, capsys):
-    fit(small(tmp_path, run_name="a", num_epochs=2))
+def test_a_log_says_what_happens_from_the_first_pass_on_and_a_line_an_epoch(tmp_path, capsys):
+    fit(small(tmp_path, run_name="a", num_epochs=2, eval_num_images=2))
     printed = capsys.readouterr().out
-    lines = [line[:15] for line in printed.splitlines() if line.startswith("epoch")]
-    assert "\r" not in printed and lines == ["epoch 1/2 rewar", "epoch 2/2 rewar"]
-    fit(small(tmp_path, run_name="b", num_epochs=1), on_epoch=lambda step: print("mine"))
-    first, *others = capsys.readouterr().out.splitlines()
-    assert first == "mine" and all(line.startswith("note:") for line in others)
+    assert "\r" not in printed
+    first, *others = printed.splitlines()
+    assert first.startswith("looking at the base model 0/2 pictures") or "1/2" in first
+    lines = [line for line in others if line.startswith("epoch") and ": reward -" in line]
+    assert [line[:9] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert all("kB (sd " in line and line.endswith(" s") for line in lines)
+    assert "fixed seeds" not in lines[0]  # nobody looked
+
+
+def test_gauges_are_for_those_who_ask(tmp_path, capsys):
+    fit(small(tmp_path, run_name="a", num_epochs=1), verbose=True)
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1/1: "))
+    assert "approx_kl" in line and "8 scored pictures" in line
+
+
+def test_a_look_is_on_disk_at_once_with_its_judges(tmp_path):
+    state = setup(small(tmp_path, eval_num_images=3, eval_freq=1, num_epochs=1))
+    steps = train(state=state)
+    next(steps)
+    sheet = state.folder / "eval" / "epoch_0000.png"
+    assert sheet.is_file()  # though the first epoch has not ended
+    (*_, last) = steps
+    judges = {"tiny_clip_score", "tiny_animal"}
+    assert {f"judge/{name}" for name in judges} <= set(last.metrics)
+    kept = torch.load(state.folder / "eval/epoch_0001.pt", weights_only=True)
+    assert set(kept["judges"]) == judges and kept["prompts"] == kept["prompts"]
+    mean = kept["judges"]["tiny_animal"].double().mean().item()
+    assert last.metrics["judge/tiny_animal"] == pytest.approx(mean)
+    assert last.metrics["judge_start/tiny_animal"] == state.judge_start["tiny_animal"]
+
+
+def test_a_judge_that_cannot_judge_these_prompts_is_left_out_and_one_asked_for_is_not(tmp_path):
+    (tmp_path / "p.txt").write_text("a spaceship\n")
+    fields = dict(prompt_fn=str(tmp_path / "p.txt"), eval_num_images=2, num_epochs=1)
+    state = trained(small(tmp_path, eval_freq=1, **fields))
+    assert set(state.judges) == {"tiny_clip_score"}
+    with pytest.raises((ValueError, RuntimeError), match="tiny_animal"):
+        trained(small(tmp_path, eval_freq=1, eval_judges="tiny_animal", **fields))
+
+
+# What is passed in from Python.
+
+
+def test_a_passed_reward_names_the_run_and_a_resumed_run_asks_for_it(tmp_path):
+    def mine(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    state = trained(small(tmp_path, num_epochs=1), reward_fn=mine)
+    assert state.folder.name == "ddpo_is-mine-001"
+    assert "mine" in read_config(state.folder).reward_fn
+    again = dataclasses.replace(
+        read_config(state.folder), num_epochs=2, resume_from=str(state.folder)
+    )
+    with pytest.raises(ValueError, match="passed from Python.*pass it again as reward_fn="):
+        setup(again)
+    other = dataclasses.replace(again, reward_fn="brightness")
+    with pytest.raises(ValueError, match="reward_fn was '.*mine', now 'brightness'"):
+        setup(other)
+    assert setup(again, reward_fn=mine).epoch == 1
+
+
+def test_passed_prompts_and_models_are_named_too(tmp_path):
+    def foxes(generator):
+        return "a fox", {}
+
+    denoiser = StableDiffusion(load_pipeline("tiny"), 1.0)
+    state = setup(small(tmp_path), prompt_fn=foxes, denoiser=denoiser)
+    assert "foxes" in state.config.prompt_fn and state.config.model == "tiny"
+    assert state.prompts([0, 1])[0] == ["a fox", "a fox"]
+    reward = find_reward("0.5*brightness - redness")
+    assert setup(small(tmp_path), reward_fn=reward).config.reward_fn == reward.name
+
+
+# Weights are checked, not only outputs.
+
+
+def test_weights_that_are_not_finite_are_named_and_not_saved(tmp_path):
+    state = setup(small(tmp_path, run_name="a", num_epochs=3, num_checkpoint_limit=1))
+    with pytest.raises(FloatingPointError, match="not finite after .*lora_A") as error:
+        for step in train(state=state):
+            if step.epoch == 2 and step.update == 1:
+                with torch.no_grad():
+                    state.params[0].fill_(float("nan"))
+    assert "reward" not in str(error.value)
+    assert find_checkpoint(tmp_path / "a").name == "epoch_0001"

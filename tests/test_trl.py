@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sd_models
 import torch
 
 import ddpo_scratch.trl as lib
 from ddpo_scratch.diffusion import Schedule
 from ddpo_scratch.methods.ppo import ppo_loss
-from ddpo_scratch.models.sd import TINY, add_lora, load_pipeline
+from ddpo_scratch.models.lora import add_lora, save_lora
+from ddpo_scratch.models.sd import TINY, load_pipeline
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = json.loads((DATA / "trl_reference.json").read_text(encoding="utf-8"))
@@ -563,12 +565,310 @@ def test_push_to_hub(tmp_path, monkeypatch):
         assert words in sent["card"]
 
 
-def test_alignprop_needs_a_gradient(tmp_path):
+def test_alignprop_needs_a_gradient_where_it_trains(tmp_path):
+    "Scoring and the loss take any reward, as TRL's own test wants; a step does not."
+
     def detached(images, prompts, metadata):
         return images.detach().mean((1, 2, 3)), {}
 
+    t = alignprop(tmp_path, reward=detached)
+    before = copies(t.trainable_layers)
+    rewards = t.compute_rewards(t._generate_samples(2))
+    assert t.calculate_loss(rewards) == 10 - rewards.mean()
     with pytest.raises(ValueError, match="differentiable"):
-        alignprop(tmp_path, reward=detached).train(1)
+        t.train(1)
+    assert same(before, t.trainable_layers) and t.global_step == 0
+
+
+# ---- what TRL's own tests of its trainers ask for (tests/test_ddpo_trainer.py and
+# tests/test_alignprop_trainer.py of 0.23): their configs, a reward that ignores the pictures
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    "A random Stable Diffusion 1.5 of latents (4, 8, 8) and 16 tokens."
+    return str(sd_models.build("sd15", tmp_path_factory.mktemp("sd15")))
+
+
+def one_random_number(images, prompts, metadata):
+    return torch.randn(1) * 3.0, {}
+
+
+def as_in_trls_tests(kind, model, use_lora, folder, **fields):
+    config = getattr(lib, f"{kind}Config")(
+        num_epochs=2,
+        train_gradient_accumulation_steps=1,
+        mixed_precision=None,
+        save_freq=1_000_000,
+        logdir=str(folder),
+        **fields,
+    )
+    pipe = pipeline(model, use_lora=use_lora)
+    make = getattr(lib, f"{kind}Trainer")
+    return make(config, one_random_number, lambda: ("cabbages", {}), pipe)
+
+
+def ddpo_as_in_trls_tests(model, use_lora, folder):
+    sizes = dict(sample_num_batches_per_epoch=2, sample_batch_size=2)
+    tracked = dict(per_prompt_stat_tracking_buffer_size=32)
+    return as_in_trls_tests("DDPO", model, use_lora, folder, **sizes, **tracked)
+
+
+def alignprop_as_in_trls_tests(model, use_lora, folder):
+    fields = dict(train_batch_size=2, truncated_backprop_rand=False)
+    return as_in_trls_tests("AlignProp", model, use_lora, folder, **fields)
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_trls_ddpo_loss(use_lora, small_model, tmp_path):
+    t = ddpo_as_in_trls_tests(small_model, use_lora, tmp_path)
+    loss = t.loss(torch.tensor([-1.0]), 0.0001, torch.tensor([1.0]))
+    assert loss.item() == 1.0
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_trls_ddpo_generate_samples(use_lora, small_model, tmp_path):
+    samples, pairs = ddpo_as_in_trls_tests(small_model, use_lora, tmp_path)._generate_samples(1, 2)
+    assert len(samples) == len(pairs) == 1 and len(pairs[0][0]) == 2
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_trls_ddpo_calculate_loss(use_lora, small_model, tmp_path):
+    t = ddpo_as_in_trls_tests(small_model, use_lora, tmp_path)
+    (sample,), _ = t._generate_samples(1, 2)
+    names = ("latents", "timesteps", "next_latents", "log_probs")
+    first = [sample[name][0, :1] for name in names]
+    shapes = [tuple(tensor.shape) for tensor in first]
+    assert shapes == [(1, 4, 8, 8), (1,), (1, 4, 8, 8), (1,)]
+    assert sample["prompt_embeds"].shape == (2, 16, 16)
+    # one sample and two embeddings, the first of which is taken for the negative prompt's
+    loss, *_ = t.calculate_loss(*first, torch.tensor([1.0]), sample["prompt_embeds"])
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_trls_alignprop_generate_samples(use_lora, small_model, tmp_path):
+    t = alignprop_as_in_trls_tests(small_model, use_lora, tmp_path)
+    pairs = t._generate_samples(2, with_grad=True)
+    assert len(pairs) == 3 and len(pairs["images"]) == 2
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_trls_alignprop_calculate_loss(use_lora, small_model, tmp_path):
+    t = alignprop_as_in_trls_tests(small_model, use_lora, tmp_path)
+    sample = t._generate_samples(2)
+    assert sample["images"].shape == (2, 3, 16, 16) and len(sample["prompts"]) == 2
+    loss = t.calculate_loss(t.compute_rewards(sample))
+    assert torch.isfinite(loss)
+
+
+# ---- what users bring along
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "inpainting", "nameless"])
+def test_another_class_of_model_is_named(name, tmp_path):
+    "They ended in size mismatches, or in an argument of type NoneType."
+    classes = dict(
+        sdxl="StableDiffusionXLPipeline",
+        sd3="StableDiffusion3Pipeline",
+        flux="FluxPipeline",
+        inpainting="StableDiffusionInpaintPipeline",
+    )
+    load_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / "model_index.json"
+    index = json.loads(file.read_text())
+    index.pop("_class_name")
+    if name in classes:
+        index["_class_name"] = classes[name]
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=classes.get(name, "_class_name")) as caught:
+        pipeline(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_unet_with_more_channels_than_latents_is_named(small_model, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(small_model, safety_checker=None)
+    config = dict(pipe.unet.config) | dict(in_channels=9)
+    pipe.unet = type(pipe.unet).from_config(config)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="9 channels"):
+        pipeline(str(tmp_path))
+
+
+def saved_lora(folder, seed=0):
+    "Save a LoRA that changes something; return its folder."
+    denoiser = pipeline().denoiser
+    add_lora(denoiser, rank=2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in denoiser.pipe.unet.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.01 * torch.randn(p.shape, generator=generator))
+    save_lora(denoiser, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_an_adapter_of_any_name_is_trained_saved_and_resumed(name, tmp_path):
+    "trl#2505: load_lora_weights before the trainer, which failed at the first save."
+    lora = saved_lora(tmp_path / "lora")
+
+    def loaded():
+        pipe = pipeline()
+        pipe.sd_pipeline.load_lora_weights(lora, adapter_name=name)
+        return pipe
+
+    t = ddpo(tmp_path / "run", pipe=loaded())
+    start = copies(t.trainable_layers)
+    assert all(p.any() for p in start)  # that of the file, not a fresh one: its B is zero
+    t.train(2)
+    assert not same(start, t.trainable_layers)
+    again = ddpo(tmp_path / "run", pipe=loaded(), resume_from=str(tmp_path / "run"))
+    assert same(t.trainable_layers, again.trainable_layers)
+    t.save_model(str(tmp_path / "saved"))
+    further = pipeline(str(tmp_path / "saved"))
+    further.get_trainable_layers()
+    trained = [p for p in further.unet.parameters() if p.requires_grad]
+    assert same(t.trainable_layers, trained)
+
+
+def test_two_adapters_are_refused_before_training(tmp_path):
+    pipe = pipeline()
+    for seed, name in enumerate(("one", "two")):
+        lora = saved_lora(tmp_path / name, seed)
+        pipe.sd_pipeline.load_lora_weights(lora, adapter_name=name)
+    with pytest.raises(ValueError, match="2 LoRAs, one, two"):
+        ddpo(tmp_path / "run", pipe=pipe)
+
+
+class Bare(lib.DefaultDDPOStableDiffusionPipeline):
+    "A user's pipeline that makes its parts itself."
+
+    def __init__(self, pipe=None):
+        if pipe is not None:
+            self.sd_pipeline = pipe
+
+
+def test_a_pipeline_without_super_init(tmp_path):
+    with pytest.raises(ValueError, match=r"Bare is not a complete .*super\(\).__init__"):
+        ddpo(tmp_path, pipe=Bare())
+    from diffusers import PNDMScheduler
+
+    pipe = load_pipeline()
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    t = ddpo(tmp_path, pipe=Bare(pipe))
+    t.train(1)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert (tmp_path / "checkpoints/checkpoint_0/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_pipeline_of_diffusers_is_named(tmp_path):
+    config = lib.DDPOConfig(**SMALL, logdir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"give a DefaultDDPOStableDiffusionPipeline\(MODEL\)"):
+        lib.DDPOTrainer(config, made.reward_fn, made.prompt_fn, load_pipeline())
+
+
+class Listing(lib.DefaultDDPOStableDiffusionPipeline):
+    "A user's pipeline that trains some parameters of the U-Net, and says which."
+
+    def get_trainable_layers(self):
+        self.unet.requires_grad_(False)
+        chosen = [p for name, p in self.unet.named_parameters() if "attn2.to_k" in name]
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return chosen
+
+
+def test_a_list_of_parameters_is_trained_saved_and_resumed(tmp_path):
+    "It failed at the first save."
+    t = ddpo(tmp_path, pipe=Listing("tiny", use_lora=False))
+    before = copies(t.sd_pipeline.unet.parameters())
+    t.train(1)
+    moved = [not torch.equal(p, q) for p, q in zip(before, t.sd_pipeline.unet.parameters())]
+    assert sum(moved) == len(t.trainable_layers) < len(before)
+    again = ddpo(tmp_path, pipe=Listing("tiny", use_lora=False), resume_from=str(tmp_path))
+    assert same(t.sd_pipeline.unet.parameters(), again.sd_pipeline.unet.parameters())
+
+
+@pytest.mark.parametrize("listed", [[], [torch.nn.Parameter(torch.zeros(2))]])
+def test_a_list_that_cannot_be_trained_is_refused_at_once(listed, tmp_path):
+    pipe = pipeline()
+    pipe.get_trainable_layers = lambda: listed
+    with pytest.raises(ValueError, match="get_trainable_layers returned"):
+        ddpo(tmp_path, pipe=pipe)
+
+
+REWARDS = dict(
+    list=lambda r: r.tolist(),
+    column=lambda r: r[:, None],
+    tensors=lambda r: list(r),
+    numpy=lambda r: r.detach().numpy(),
+    tuple=lambda r: tuple(r),
+)
+
+
+@pytest.mark.parametrize("pair", [True, False])
+@pytest.mark.parametrize("form", REWARDS)
+def test_rewards_in_any_form_are_the_same(form, pair, tmp_path):
+    "Two pictures a batch: a pair of rewards is not rewards and metadata."
+
+    def reward(images, prompts, metadata):
+        rewards = REWARDS[form](images.mean((1, 2, 3)))
+        return (rewards, {}) if pair else rewards
+
+    t, seen = ddpo(tmp_path, reward=reward), []
+    t._show = lambda pairs, step: seen.append(pairs[0])
+    t.train(1)
+    images, _, _, rewards, metadata = seen[0]
+    assert torch.equal(rewards, images.mean((1, 2, 3))) and metadata == {}
+
+
+@pytest.mark.parametrize("form", ["column", "tensors", "tuple"])
+def test_gradients_pass_through_any_form(form, tmp_path):
+    def reward(images, prompts, metadata):
+        return REWARDS[form](images.mean((1, 2, 3))), {}
+
+    t = alignprop(tmp_path, reward=reward, train_batch_size=2)
+    before = copies(t.trainable_layers)
+    t.train(1)
+    assert not same(before, t.trainable_layers)
+
+
+@pytest.mark.parametrize("make", [ddpo, alignprop])
+def test_too_few_rewards_are_refused_before_the_update(make, tmp_path):
+    def reward(images, prompts, metadata):
+        return images.mean().reshape(1), {}
+
+    t = make(tmp_path, reward=reward, train_batch_size=2)
+    before = copies(t.trainable_layers)
+    with pytest.raises(ValueError, match=r"shape \(1,\) for 2 pictures"):
+        t.train(1)
+    assert same(before, t.trainable_layers)
+
+
+@pytest.mark.parametrize("make", [ddpo, alignprop])
+def test_numpys_prompts_become_text(make, tmp_path):
+    "np.random.choice, as in TRL's example."
+    seen = []
+
+    def reward(images, prompts, metadata):
+        seen.extend(type(prompt) for prompt in prompts)
+        return images.mean((1, 2, 3)), {}
+
+    t = make(tmp_path, reward=reward, train_batch_size=2)
+    t.prompt_fn = lambda: (np.random.choice(["a cat", "a dog"]), {})
+    t.train(1)
+    assert set(seen) == {str}
+
+
+@pytest.mark.parametrize("drawn", ["a cat", ("a cat",), (3, {}), None])
+def test_a_prompt_function_that_gives_something_else_is_named(drawn, tmp_path):
+    t = ddpo(tmp_path)
+    t.prompt_fn = lambda: drawn
+    with pytest.raises(ValueError, match="the prompt function returned"):
+        t.train(1)
 
 
 def test_alignprop_climbs(tmp_path):

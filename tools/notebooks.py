@@ -66,7 +66,7 @@ def notebooks(paths=()):
         return files
     files = NBS.rglob("*.ipynb")
     files = (p for p in files if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
-    return sorted(files, key=lambda p: (p.stem != "index", p.as_posix()))
+    return sorted(files, key=lambda p: (p.parent != NBS, p.stem != "index", p.as_posix()))
 
 
 def name(path):
@@ -359,7 +359,7 @@ README = """\
 {% endblock -%}
 {%- block data_png %}
 
-![]({{ output.metadata.filenames['image/png'] }})
+![{{ cell.source | alternative }}]({{ output.metadata.filenames['image/png'] }})
 {% endblock -%}
 {%- block markdowncell %}
 
@@ -379,6 +379,11 @@ def from_root(text):
     return _outside_code(link, lambda m: m[1] + os.path.normpath(f"{NBS.name}/{m[2]}"), text)
 
 
+def alternative(source):
+    "Return what a cell says of its picture in `#| fig-alt: ...`, for those who do not see it."
+    return "".join(re.findall(r"(?m)^#\|\s*fig-alt:\s*(.+)$", source))
+
+
 def readme_files():
     "Make README.md and its pictures of nbs/index.ipynb: {path from the root: content}."
     from nbconvert import MarkdownExporter
@@ -389,9 +394,8 @@ def readme_files():
         ExtractOutputPreprocessor=dict(output_filename_template=PICTURES),
         RegexRemovePreprocessor=dict(enabled=True, patterns=hidden),
     )
-    exporter = MarkdownExporter(
-        raw_template=README, filters={"from_root": from_root}, config=Config(config)
-    )
+    filters = dict(from_root=from_root, alternative=alternative)
+    exporter = MarkdownExporter(raw_template=README, filters=filters, config=Config(config))
     text, resources = exporter.from_notebook_node(read(NBS / "index.ipynb"))
     text = _outside_code(r"\n{3,}", "\n\n", text).strip()
     head = "<!-- Made from nbs/index.ipynb by tools/notebooks.py readme: edit the notebook. -->"

@@ -4,15 +4,19 @@
     python tools/site.py [--out DIR]
 
 nbdev processes the notebooks (show_doc, hidden cells, links of names in backticks), and smalldocs
-renders them by nbs/_quarto.yml. The pages need no internet: links are relative, KaTeX is a copy,
-there are no web fonts. KaTeX comes from npm once and then from a cache; DDPO_KATEX names another
-folder with its `dist`.
+renders them by nbs/_quarto.yml. entries.py writes the entries of names and their index, pictures.py
+the pictures' texts, cells.py folds, furnish.py adds links to notebooks and the search's index; what
+links to the repository stands there only if settings.ini names it (user, git_url, doc_host).
+
+The pages need no internet: links are relative, KaTeX is a copy, there are no web fonts. KaTeX comes
+from npm once and then from a cache; DDPO_KATEX names another folder with its `dist`.
 """
 
 import argparse
 import ast
 import base64
 import hashlib
+import importlib
 import os
 import re
 import shutil
@@ -23,16 +27,21 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
+import cells
+import entries
+import furnish
 import yaml
 from notebooks import CFG, INDEX, NBS, PKG, ROOT, exported, notebooks, read
+from pictures import Captions
 
-CSS = ROOT / "tools/site.css"
+CSS, JS = ROOT / "tools/site.css", ROOT / "tools/site.js"
 KATEX = "0.16.11"  # what smalldocs 0.5.4 loads
 # of the package on npm, as `npm view katex@0.16.11 dist.integrity` says
 KATEX_SHA512 = (
     "RQrI8rlHY92OLf3rho/Ts8i/XvjgguEjOkO1BEXcU3N8BqPpSzBNwV/G0Ukr+P/l3ivvJUE/Fa/CwbS6HesGNQ=="
 )
 KATEX_FILES = ("katex.min.css", "katex.min.js", "contrib/auto-render.min.js", "fonts/*.woff2")
+SHARED_PICTURE = "images/readme-2-0.png"  # of nbs/, shown where a link to the site is shared
 CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/")
 
 
@@ -66,35 +75,61 @@ def evaluated(cell):
 
 def name_index():
     "Return nbdev's index of this checkout's names: public ones; a method has its class's entry."
+    # nbdev's anchors are in lower case, where `Summary` and `summary` are one; here they are names
     space = {}
     exec(exported(index=True)[INDEX], space)
     names = space["d"]["syms"]
-    for module, entries in names.items():
-        public = (k for k in entries if not k.rpartition(".")[2].startswith("_"))
-        names[module] = {k: entries.get(k.rpartition(".")[0], entries[k]) for k in public}
+    for module, places in names.items():
+        public = {}
+        for name, (place, file) in places.items():
+            parts = name.removeprefix(f"{module}.").split(".")
+            if not any(part.startswith("_") for part in parts):
+                public[name] = (f"{place.partition('#')[0]}#{parts[0]}", file)
+        names[module] = public
     return SimpleNamespace(name=PKG, dist=SimpleNamespace(name=PKG), load=lambda: space["d"])
 
 
-def process(folder):
+def exported_module(nb):
+    "Return the module that a notebook exports, or nothing."
+    texts = (cell.source for cell in nb.cells if cell.cell_type == "code")
+    found = next(filter(None, (re.search(r"#\|\s*default_exp\s+(\S+)", t) for t in texts)), None)
+    return importlib.import_module(f"{PKG}.{found[1]}") if found else None
+
+
+def numbered(nb, path):
+    "Put a notebook's number before its title, for links to it and the search; return the title."
+    number = re.match(r"\d*", path.name)[0]
+    front = nb.cells[0]
+    fields = yaml.safe_load(front.source.strip().strip("-"))
+    title = fields["title"]
+    fields["title"] = f"{number} {title}".strip()
+    front.source = f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+    return title
+
+
+def process(folder, index):
     "Write what nbdev makes of each notebook for the documentation into `folder`."
     import nbdev.doclinks
     import nbdev.processors
+    import nbdev.showdoc
     from execnb.nbio import mk_cell, read_nb, write_nb
 
-    index = name_index()
     nbdev.doclinks.entry_points = lambda group: [index]  # of this checkout, installed or not
     nbdev.processors._do_eval = evaluated
+    nbdev.showdoc.BasicMarkdownRenderer = entries.Entry
     os.environ["IN_TEST"] = "1"
     sys.path.insert(0, str(ROOT))
     for path in notebooks():
         os.chdir(path.parent)
         nb = read_nb(path)
+        entries.Entry.home = exported_module(nb)
         # nbdev looks at the cell after each exported one
         nb.cells.append(mk_cell("<!-- end -->", "markdown"))
         try:
             nbdev.processors.FilterDefaults()(nb)
         except Exception as e:
             raise SystemExit(f"{source(path)}: {type(e).__name__}: {e}") from e
+        cells.shown(nb, Captions(numbered(nb, path)))
         target = folder / page(source(path))
         for cell in nb.cells:
             localise_cell(cell, "../" * (len(target.relative_to(folder).parts) - 1))
@@ -125,6 +160,98 @@ def localise_cell(cell, up):
                 output["data"][kind] = mend(text, up)
 
 
+# ---------------------------------------------------------------- pages beside the notebooks
+
+
+def module_pages(index):
+    "Return {module: the page whose notebook exports it}."
+    pages = {}
+    for module, names in index.load()["syms"].items():
+        module = module.removeprefix(f"{PKG}.")
+        if names and module != PKG and not module.endswith("__init__"):
+            pages[module] = next(iter(names.values()))[0].partition("#")[0]
+    return pages
+
+
+def _page(title, description, text):
+    "Write a page of Markdown."
+    front = yaml.safe_dump(dict(title=title, description=description), sort_keys=False)
+    return f"---\n{front}---\n\n{text}\n"
+
+
+def bibtex(citation):
+    "Write CITATION.cff's fields as an entry of BibTeX."
+    fields = dict(
+        title=citation["title"],
+        author=" and ".join(a.get("name") or a["family-names"] for a in citation["authors"]),
+        year=str(citation["date-released"])[:4],
+        version=citation["version"],
+    )
+    if CFG["git_url"]:
+        fields["url"] = CFG["git_url"]
+    lines = [f"  {name:8}= {{{value}}}," for name, value in fields.items()]
+    return "\n".join([f"@software{{{PKG},", *lines, "}"])
+
+
+def cite_page():
+    "Write the page on citing, from CITATION.cff."
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    papers = "\n".join(
+        f"* {r['title']} ({r['year']}). {r['notes']}" for r in citation["references"]
+    )
+    text = (
+        f"{citation['message']} As BibTeX:\n\n```bibtex\n{bibtex(citation)}\n```\n\n"
+        "The methods are other people's. Please cite the paper of the one that you use:\n\n"
+        f"{papers}\n\nThe same for programs: `CITATION.cff` in the repository.\n"
+    )
+    return _page("Citing", "How to name this project, and whose methods it has", text)
+
+
+def text_page(file, description):
+    "Make a page of a Markdown file of the repository; its heading becomes the title."
+    head, _, text = (ROOT / file).read_text(encoding="utf-8").partition("\n")
+    links = re.sub(r"\]\(nbs/", "](", text)  # the site's root is nbs/
+    return _page(head.lstrip("# "), description, mend(links, ""))
+
+
+def licence_page():
+    "Write the page of the licence, with the notices."
+    texts = [(ROOT / file).read_text(encoding="utf-8").strip() for file in ("NOTICE", "LICENSE")]
+    blocks = "\n\n".join(f"```\n{text}\n```" for text in texts)
+    return _page("Licence", "Apache-2.0, and what the package owes to others", blocks)
+
+
+def write_pages(folder, index):
+    "Write the pages that no notebook makes."
+    pages = {
+        "names.md": entries.index_page(PKG, module_pages(index)),
+        "changes.md": text_page("CHANGELOG.md", "What is new, version by version"),
+        "contributing.md": text_page("CONTRIBUTING.md", "How to build, test and change it"),
+        "cite.md": cite_page(),
+        "licence.md": licence_page(),
+    }
+    for name, text in pages.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def copy_notebooks(out):
+    "Copy the notebooks into the site, each with a line on what it needs."
+    import nbformat
+
+    needs = (
+        f"This notebook is a page of {PKG} {CFG['version']}. It runs where the package is installed"
+        f" (`{furnish.install_command(CFG)}`); cells that read other files of the repository need a"
+        " checkout."
+    )
+    for path in notebooks():
+        nb = read(path)
+        note = nbformat.v4.new_markdown_cell(needs, id="needs")
+        nb.cells.insert(1, note)
+        target = out / "notebooks" / source(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, target)
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -147,6 +274,25 @@ def sidebar(items):
             yield entry(item)
 
 
+def footer():
+    "Return the footer: version, licence, changes, citation, and the repository if it has one."
+    left = f"{PKG} {CFG['version']} · [Apache-2.0](/licence.md)"
+    links = ["[Changes](/changes.md)", "[Citing](/cite.md)", "[Contributing](/contributing.md)"]
+    if CFG["git_url"]:
+        home = CFG["git_url"].rstrip("/")
+        links += [f"[Repository]({home})", f"[Issues]({home}/issues)"]
+    return dict(left=left, right=" · ".join(links))
+
+
+def website(site):
+    "Add to the site's configuration what follows from settings.ini."
+    site["page-footer"] = footer()
+    if CFG["doc_host"]:  # a picture in shared links needs an absolute address
+        site["site-url"] = f"{CFG['doc_host']}{CFG['doc_baseurl']}"
+        site["image"] = SHARED_PICTURE
+    return site
+
+
 def configure(folder):
     "Copy the Quarto configuration, the sidebar, the styles and the pictures into `folder`."
     for path in NBS.glob("*.yml"):
@@ -154,6 +300,7 @@ def configure(folder):
     quarto = yaml.safe_load((NBS / "_quarto.yml").read_text(encoding="utf-8"))
     html = quarto["format"]["html"]
     quarto["format"] = {"html": {k: v for k, v in html.items() if k != "keep-md"}}  # Quarto's alone
+    quarto["website"] = website(quarto["website"])
     side = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))
     bar = side["website"]["sidebar"]
     bar["contents"] = list(sidebar(bar["contents"]))
@@ -231,19 +378,40 @@ def localise(out):
         path.write_text(CDN.sub(f"{up}site_libs/katex/", text), encoding="utf-8")
 
 
+def furnish_site(out):
+    "Add to the rendered pages what smalldocs leaves out, and write the search's index."
+    sources = {page(source(path)).replace(".ipynb", ".html"): source(path) for path in notebooks()}
+    found = []
+    for path in sorted(out.rglob("*.html"), key=lambda p: (p.name != "index.html", p)):
+        name = path.relative_to(out).as_posix()
+        up = "../" * name.count("/")
+        text = path.read_text(encoding="utf-8")
+        bar = furnish.notebook_bar(sources[name], up, CFG) if name in sources else ""
+        path.write_text(furnish.furnished(text, up, bar), encoding="utf-8")
+        found += furnish.search_entries(text, name)
+    furnish.write_index(found, out / "search-index.js")
+    (out / "search.json").unlink()
+    shutil.rmtree(out / "site_libs/fuse")
+    shutil.copy(JS, out / "site_libs/site.js")
+
+
 def build(out):
     "Build the site into the folder `out`, which it replaces."
     out = Path(out).resolve()
     katex()  # before minutes are spent
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
-        process(folder)
+        index = name_index()
+        process(folder, index)
+        write_pages(folder, index)
         configure(folder)
         render = [sys.executable, "-m", "smalldocs.cli", "render", str(folder), "--quiet"]
         subprocess.run(render, check=True)
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(folder / CFG["doc_path"], out)
     localise(out)
+    furnish_site(out)
+    copy_notebooks(out)
     print(f"{len(list(out.rglob('*.html')))} pages in {out}")
 
 

@@ -70,7 +70,7 @@ class Batch:
         "Conditioning of the n samples."
         return self.rollout.c[self.sample]
 
-# %% ../../nbs/library/20_methods.ipynb #b825b8f6
+# %% ../../nbs/library/20_methods.ipynb #8f00dead
 class Method:
     "Turn scored samples into gradients; subclass it in a room of its own."
 
@@ -137,7 +137,7 @@ class Method:
 
     @classmethod
     def findings(cls, late, rows, config) -> Iterator:  # of str
-        "Yield what this method's gauges say, for `report.diagnose`; `late` has their last means."
+        "Yield what this method's gauges say, for `gauges.diagnose`; `late` has their last means."
         return ()
 
     # ---- what the object does during a run
