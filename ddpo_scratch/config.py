@@ -123,7 +123,7 @@ def _kept(value, default):
         return float(value)  # so that 1 and 1.0 are the same text in a file
     return value
 
-# %% ../nbs/library/29_config.ipynb #20c6e5c0
+# %% ../nbs/library/29_config.ipynb #5cde6253
 @dataclass(frozen=True, repr=False)
 class TrainConfig:
     "Say what a run does; by default the embedded model learns to compress well, on two CPU cores."
@@ -160,7 +160,7 @@ class TrainConfig:
     num_epochs: _OneOrMore = 20  # epochs at most
     # stop before over-optimisation, once the compared pictures' mean reward has risen by this share
     # of its size; 0 never does
-    stop_gain: _Weight = 0.18
+    stop_gain: _Weight = 0.17
     sample_num_steps: _Steps = 20  # denoising steps T
     sample_eta: _Finite = 1.0  # DDIM's eta; a policy gradient needs eta > 0
     # w of classifier-free guidance, in sampling and in training

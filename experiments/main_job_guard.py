@@ -21,8 +21,7 @@ import torch
 
 from ddpo_scratch.config import preset
 from ddpo_scratch.evaluate import before_after, fixed_seed_images, plot_grid
-from ddpo_scratch.models.lora import load_lora
-from ddpo_scratch.models.sd import StableDiffusion, load_pipeline
+from ddpo_scratch.models.sd import StableDiffusion, load_lora, load_pipeline
 from ddpo_scratch.models.tiny import CONCEPTS, load_classifier
 from ddpo_scratch.prompts import COMMON_ANIMALS, article
 from ddpo_scratch.rewards.jpeg import jpeg_size
@@ -33,7 +32,7 @@ from ddpo_scratch.train import fit
 HERE = Path(__file__).with_suffix("")
 LOG = HERE.with_suffix(".json")
 SEEDS = ["0", "1", "2", "3", "4"]
-OPTIONS = dict(stop_gain=0.18, eval_freq=1)
+OPTIONS = dict(stop_gain=0.17, eval_freq=1)
 NAMES = list(COMMON_ANIMALS)
 PROMPTS = [f"{article(name)} {name}" for name in NAMES]
 HELD_OUT_SEED = 1000  # of no run's own pictures

@@ -40,7 +40,7 @@ SECOND = ("jpeg_compressibility", "tiny_aesthetic", "tiny_preference", "tiny_cli
 
 # One budget for the four methods that see a reward as a number: 384 reward queries, of seed 0 512,
 # with looks every 128.
-COMMON = dict(stop_gain=0.0, num_checkpoint_limit=1)
+COMMON = dict(stop_gain=0.0, num_checkpoint_limit=1, eval_freq=3)
 REGRESSION = dict(
     num_epochs=4,
     eval_freq=1,
@@ -228,7 +228,8 @@ def train_job(name, config, runs):
 def load_looks(folder):
     "Load what a run saved at its looks: epoch -> (images, prompts, rewards)."
     files = sorted((folder / "eval").glob("epoch_*.pt"))
-    return {int(file.stem[-4:]): torch.load(file, weights_only=True) for file in files}
+    looks = {int(file.stem[-4:]): torch.load(file, weights_only=True) for file in files}
+    return {epoch: (k["images"], k["prompts"], k["rewards"]) for epoch, k in looks.items()}
 
 
 def run(name, group, config, judges, runs):

@@ -176,7 +176,7 @@ def test_names_of_things():
     assert name_of(functools.partial(math.hypot, 1)) == "math:hypot(...)"
     assert name_of(functools.partial(Den().fox)) == f"{here}:Den.fox(...)"
     assert name_of(fractions.Fraction(1, 2)) == "fractions:Fraction(...)"
-    assert name_of(Named()) == f"{here}:Named"  # its `name` might be another one's
+    assert name_of(Named()) == f"{here}:Named(...)"  # its `name` might be another one's
     registered = REWARDS["brightness"]
     assert name_of(registered) == "brightness" and type(name_of(registered)) is str
     assert "<locals>.<lambda>" in name_of(lambda: 0)
@@ -223,7 +223,7 @@ def test_a_file_of_data_is_not_imported(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in ("prompts", "my"):
         (tmp_path / f"{module}.py").write_text("open('ran', 'w')\ntxt = csv = json = 1\n")
-    with pytest.raises(ValueError, match="is not a fox, nor Python"):
+    with pytest.raises(ValueError, match="is a file of data, which holds no fox"):
         Registry("get_fox", "fox").find(parse_call(text)[0])
     assert not (tmp_path / "ran").exists()
 

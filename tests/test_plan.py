@@ -86,7 +86,7 @@ def test_work_is_in_passes_without_a_gradient(fields, epoch):
     counts = plan(TrainConfig(**fields, eval_num_images=0, num_epochs=3))
     assert counts["work_epoch"] == epoch and counts["work"] == 3 * epoch
     assert counts["work_look"] == 0
-    both = plan(TrainConfig(**fields, num_epochs=3), world=2)
+    both = plan(TrainConfig(**fields, num_epochs=3, eval_freq=3), world=2)
     assert both["work_epoch"] == 2 * epoch
     # a look is shared out among processes, and is the same in all
     assert both["work"] == 6 * epoch + 2 * both["work_look"]
