@@ -48,7 +48,7 @@ def _pictures(state, prompts):
     finally:
         denoiser.guidance_scale = trained_scale
 
-# %% ../nbs/library/39_look.ipynb #b38aaa17
+# %% ../nbs/library/39_look.ipynb #370965d1
 def _scores(state, images, prompts, metadata):
     "Score pictures with every judge: name -> (n,) on the CPU."
     scores = {}
@@ -57,8 +57,8 @@ def _scores(state, images, prompts, metadata):
             with torch.no_grad(), judge.at_hand():
                 scores[name] = judge(images, prompts, metadata)[0].cpu()
         except (ValueError, RuntimeError) as error:
-            # before training this costs nothing; later it would be a judge that broke
-            if state.config.eval_judges != "auto" or state.eval_start is not None:
+            # one that judged before training, and cannot now, is broken
+            if state.config.eval_judges != "auto" or name in state.judge_start:
                 raise
             del state.judges[name]
             state.progress.line(f"{name} does not judge this run: {error}")

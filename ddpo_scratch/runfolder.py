@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_free', 'held', 'nothing_lost', 'says_where']
 
-# %% ../nbs/library/35_runfolder.ipynb #3924ffae
+# %% ../nbs/library/35_runfolder.ipynb #944595ad
 import contextlib
 import json
 import os
@@ -27,6 +27,7 @@ from ddpo_scratch.checkpoint import (
     write_checkpoint,
 )
 from .interrupt import shielded, stoppable
+from .named import outside
 from .runlog import RunLog, read_metrics
 
 # %% ../nbs/library/35_runfolder.ipynb #d98699fc
@@ -303,16 +304,31 @@ def nothing_lost(
         _write_kept(state, kept)
         raise
 
-# %% ../nbs/library/35_runfolder.ipynb #47f130b9
+# %% ../nbs/library/35_runfolder.ipynb #fba32901
+def _again(state, epochs=""):
+    "Write how a run is resumed: a command, or a call where parts of it came from Python."
+    config, folder = state.config, state.folder
+    fields = dict(reward_fn=config.reward_fn, prompt_fn=config.prompt_fn, model=config.model)
+    # what cannot be loaded by its name: of a notebook, inside a function, made with arguments
+    passed = [name for name, text in fields.items() if re.search(r"__main__:|<|\(\.\.\.\)", text)]
+    if passed:
+        more = f", num_epochs={epochs}" if epochs else ""
+        parts = "".join(f", {name.replace('model', 'denoiser')}=..." for name in passed)
+        return f'fit(read_config("{folder}", resume_from="{folder}"{more}){parts})'
+    trust = " --trust" if outside(config.reward_fn) or outside(config.prompt_fn) else ""
+    return f"--resume_from {folder}" + (f" --num_epochs {epochs}" if epochs else "") + trust
+
+
 def _how_to_use(state, last):
     "Say where the trained weights of a checkpoint are, or how they are had."
     if reported_epochs(state.folder) >= last:
         return f"its report and weights are in {state.folder}"
     weights = "LoRA" if state.config.use_lora else "model"
-    command = f"ddpo_train --resume_from {state.folder} --num_epochs {last}"
+    command = _again(state, last)
+    command = f"ddpo_train {command}" if command.startswith("--") else command
     return f"for its {weights} and report as they are: {command}"
 
-# %% ../nbs/library/35_runfolder.ipynb #9155b3a6
+# %% ../nbs/library/35_runfolder.ipynb #bf85ffae
 def _where(state):
     "Say where a run stopped, what is saved, and from where it can go on."
     epoch, folder = state.epoch, state.folder
@@ -323,13 +339,15 @@ def _where(state):
             return f"stopped after the last epoch ({epoch}); the report is written: {folder}"
         return (
             f"stopped after the last epoch ({epoch}), before the report was finished: "
-            f"--resume_from {folder} writes it"
+            f"{_again(state)} writes it"
         )
     start = f"stopped in epoch {epoch + 1}"
+    if epoch >= state.config.num_epochs:
+        start = f"stopped after the last epoch ({epoch})"
     if not saved:
         lost = "no epoch was finished" if epoch == 0 else f"{_count(epoch, 'epoch')} finished"
         return f"{start}; {lost}, {'so' if epoch == 0 else 'but'} nothing is saved"
-    lines = [f"{start}; saved up to epoch_{last:04d}: resume with --resume_from {folder}"]
+    lines = [f"{start}; saved up to epoch_{last:04d}: resume with {_again(state)}"]
     if last < epoch:
         unsaved = "epoch" if epoch == last + 1 else "epochs"
         span = f"{epoch}" if epoch == last + 1 else f"{last + 1} to {epoch}"

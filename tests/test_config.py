@@ -78,7 +78,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
         (dict(push_to_hub=True, hub_model_id="my model"), "hub_model_id is 'my model', allowed is"),
         (
             dict(eval_num_images=0, stop_gain=0.5),
-            "stop_gain is 0.5, but eval_freq is 3 and eval_num_images 0",
+            "stop_gain is 0.5, but eval_freq is 1 and eval_num_images 0",
         ),
         (
             dict(train_batch_size=24),

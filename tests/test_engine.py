@@ -316,7 +316,7 @@ def edited_checkpoint(tmp_path, **fields):
 
 def test_another_number_of_processes_is_refused(tmp_path):
     edited_checkpoint(tmp_path, world=8)
-    with pytest.raises(ValueError, match="trained by 8 processes, and now there are 1"):
+    with pytest.raises(ValueError, match="trained by 8 processes, and now there is 1"):
         setup(small(tmp_path, resume_from="a"))
 
 

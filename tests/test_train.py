@@ -570,7 +570,7 @@ def test_a_run_that_an_error_stops_says_from_where_it_can_go_on(tmp_path, capsys
 
 
 def test_a_log_says_what_happens_from_the_first_pass_on_and_a_line_an_epoch(tmp_path, capsys):
-    fit(small(tmp_path, run_name="a", num_epochs=2, eval_num_images=2))
+    fit(small(tmp_path, run_name="a", num_epochs=2, eval_num_images=2, eval_freq=2))
     printed = capsys.readouterr().out
     assert "\r" not in printed
     first, *others = printed.splitlines()
@@ -608,6 +608,8 @@ def test_a_judge_that_cannot_judge_these_prompts_is_left_out_and_one_asked_for_i
     fields = dict(prompt_fn=str(tmp_path / "p.txt"), eval_num_images=2, num_epochs=1)
     state = trained(small(tmp_path, eval_freq=1, **fields))
     assert set(state.judges) == {"tiny_clip_score"}
+    again = dict(resume_from=str(state.folder)) | fields | dict(num_epochs=2)
+    assert set(trained(small(tmp_path, eval_freq=1, **again)).judges) == {"tiny_clip_score"}
     with pytest.raises((ValueError, RuntimeError), match="tiny_animal"):
         trained(small(tmp_path, eval_freq=1, eval_judges="tiny_animal", **fields))
 
