@@ -52,12 +52,14 @@ def snapshot(
     files["state.json"] = json.dumps(numbers).encode()
     return files
 
-# %% ../nbs/library/32_checkpoint.ipynb #3ffec9f8
+# %% ../nbs/library/32_checkpoint.ipynb #7f2089ae
 def _names(state):
     "Name the trained parameters as the network does, in their order."
-    names = {id(p): name for name, p in state.denoiser.network.named_parameters()}
+    named = state.denoiser.network.named_parameters()
+    # by their order: FSDP puts other tensors in the places of its shards now and then
+    names = [name for name, p in named if p.requires_grad]
     # what distributed training and torch.compile wrap around a network
-    return [re.sub(r"^((module|_orig_mod)\.)+", "", names[id(p)]) for p in state.params]
+    return [re.sub(r"^((module|_orig_mod)\.)+", "", name) for name in names]
 
 
 def _is_finite(tensor):
