@@ -6,7 +6,7 @@
 __all__ = ['GROUPS', 'Asked', 'Layers', 'parse_train', 'ddpo_train', 'SampleOptions', 'ddpo_sample', 'EvalOptions', 'ddpo_eval',
            'main']
 
-# %% ../nbs/library/47_cli.ipynb #2c39ffdf
+# %% ../nbs/library/47_cli.ipynb #4b69eb04
 import dataclasses
 import functools
 import json
@@ -44,7 +44,7 @@ from ddpo_scratch.drawing import (
     write_pictures,
     write_sheet,
 )
-from .named import outside
+from .named import outside, was_passed
 from .options import Mark, Parser, UsageError
 
 # whatever needs torch is imported by the functions that use it: help and mistakes answer at once
@@ -233,7 +233,7 @@ def _code_in(field, text):
         return []
     return outside(text) or _PATH.findall(_QUOTED.sub("''", text))
 
-# %% ../nbs/library/47_cli.ipynb #097e2059
+# %% ../nbs/library/47_cli.ipynb #f2ba436c
 _CODE_FIELDS = ("reward_fn", "prompt_fn", "eval_judges")
 
 
@@ -242,7 +242,7 @@ def _trusted(field, text, origin, option):
     names = _code_in(field, text)
     if not names:
         return
-    if re.search(r"__main__:|<|\(\.\.\.\)", text):
+    if was_passed(text):
         raise ValueError(
             f"{field} of {origin} was passed from Python ({text}) and cannot be loaded by name: "
             f"give {option}"
@@ -668,15 +668,16 @@ def _loaded_reward(text):
         load()
     return reward
 
-# %% ../nbs/library/47_cli.ipynb #98f97d4c
+# %% ../nbs/library/47_cli.ipynb #1f4609c1
 def _shuffled_prompts(name, n):
     "Take n prompts of a list with their metadata, in a fixed random order."
     import torch
 
     from ddpo_scratch.prompts import all_prompts, get_prompt_fn
 
-    prompts = all_prompts(name)
-    metadata = getattr(get_prompt_fn(name), "metadata", None) or [{}] * len(prompts)
+    source = get_prompt_fn(name)  # once: a source may be a download
+    prompts = all_prompts(source)
+    metadata = source.metadata or [{}] * len(prompts)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = [order[i % len(order)] for i in range(n)]
     return [prompts[i] for i in chosen], [dict(metadata[i]) for i in chosen]

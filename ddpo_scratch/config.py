@@ -123,7 +123,7 @@ def _kept(value, default):
         return float(value)  # so that 1 and 1.0 are the same text in a file
     return value
 
-# %% ../nbs/library/29_config.ipynb #5cde6253
+# %% ../nbs/library/29_config.ipynb #e6645e92
 @dataclass(frozen=True, repr=False)
 class TrainConfig:
     "Say what a run does; by default the embedded model learns to compress well, on two CPU cores."
@@ -274,6 +274,16 @@ class TrainConfig:
             for name, (value, default) in values.items()
             if type(value) is not type(default) or value != default
         }
+
+    @property
+    def trackers(self) -> list:  # of str
+        "List the names in log_with."
+        return _listed(self.log_with)
+
+    @property
+    def judges(self) -> list:  # of str; ["auto"] stands for the model's own
+        "List the names in eval_judges."
+        return _listed(self.eval_judges)
 
     @property
     def goal(self) -> float:  # 0 has no goal

@@ -486,7 +486,7 @@ def pick_a_pic(
         )
     return from_list([(caption, {"dataset": dataset, "split": split}) for caption in captions])
 
-# %% ../nbs/library/25_prompts.ipynb #cacbb384
+# %% ../nbs/library/25_prompts.ipynb #156e712d
 def _is_file(name):
     "Tell whether a text is the path of a file; a long or odd one is not."
     try:
@@ -499,7 +499,7 @@ def get_prompt_fn(
     name,  # "name", "name(option=1)", "package.module:attribute", a file's path, or a function
 ) -> Prompts:  # a prompt function whose draws depend on its generator alone
     "Find the prompt function that a text names; a class or a registered source is made first."
-    endings = (".txt", ".jsonl", ".csv")
+    endings = (".txt", *_READERS)
     if isinstance(name, str) and (name.endswith(endings) or _is_file(name)):
         return from_file(name)
     call = None

@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['write_report', 'check_hub', 'push_report']
 
-# %% ../nbs/library/44_report.ipynb #a870da58
-import contextlib
+# %% ../nbs/library/44_report.ipynb #59294b17
 import json
-import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -28,7 +26,14 @@ from ddpo_scratch.card import (
     summary,
     typical_prompt,
 )
-from .evaluate import amount, before_after, plot_grid, reward_curve, summarize
+from ddpo_scratch.evaluate import (
+    amount,
+    before_after,
+    plot_grid,
+    replacing,
+    reward_curve,
+    summarize,
+)
 from .gauges import compare, diagnose, gauge_curves, panels
 from ddpo_scratch.page import (
     bullets,
@@ -310,18 +315,7 @@ def _page(facts, looks, card_text):
     ]
     return html_page(facts.title, paragraph(summary(facts)), sections)
 
-# %% ../nbs/library/44_report.ipynb #ed894666
-@contextlib.contextmanager
-def _replacing(path):
-    "Yield a name to write to, which then replaces a file: whole, or not at all."
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
+# %% ../nbs/library/44_report.ipynb #f9154c33
 def _draw(facts, looks):
     "Yield each picture of a report: its name, and a function that writes it to a path."
     config, unit = facts.config, facts.report["unit"]
@@ -346,7 +340,7 @@ def _draw(facts, looks):
 
 def _write_text(folder, name, text):
     "Write a text file, whole or not at all."
-    with _replacing(folder / name) as part:
+    with replacing(folder / name) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -370,7 +364,7 @@ def write_report(
     if looks:
         facts.prompt = _typical(looks)
     for name, draw in _draw(facts, looks):
-        with _replacing(folder / name) as part:
+        with replacing(folder / name) as part:
             draw(part)
         facts.written.append(name)
     card = str(run_card(facts))

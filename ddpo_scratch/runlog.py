@@ -240,7 +240,7 @@ class _Trackio(_Tracker):
         }
         self.tracker.log(pictures, step=epoch)
 
-# %% ../nbs/library/34_runlog.ipynb #2dba4cd3
+# %% ../nbs/library/34_runlog.ipynb #e4fc32a8
 TRACKERS = dict(wandb=_Wandb, tensorboard=_TensorBoard, trackio=_Trackio)
 
 
@@ -248,7 +248,7 @@ def check_trackers(
     config,  # TrainConfig, of which `log_with` is read
 ) -> list:  # of names in TRACKERS, all of them installed
     "Raise a ValueError for unknown trackers, an ImportError with the remedy for missing ones."
-    names = [name.strip() for name in config.log_with.split(",") if name.strip()]
+    names = config.trackers
     if unknown := [name for name in names if name not in TRACKERS]:
         raise ValueError(
             f"log_with names {', '.join(map(repr, unknown))}: expected some of "

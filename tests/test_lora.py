@@ -17,7 +17,6 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sd_models import build
 
 from ddpo_scratch.models import lora, sd
 
@@ -27,29 +26,6 @@ for library in (diffusers, transformers):
 
 W, PROMPTS = 3.0, ["a fox", "a lion on a blue background"]
 DIFFUSERS, COMFY = "pytorch_lora_weights.safetensors", "comfyui.safetensors"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    "A function from a model's name to its folder, each built once"
-    root, built = tmp_path_factory.mktemp("models"), {}
-
-    def get(name):
-        if name not in built:
-            built[name] = str(build(name, root / name))
-        return built[name]
-
-    return get
-
-
-@pytest.fixture
-def fresh(folders):
-    "A function from a model's name to a denoiser of its own"
-
-    def get(name):
-        return sd.denoiser_for(sd.load_pipeline(folders(name)), W)
-
-    return get
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -209,8 +210,8 @@ def test_a_report_can_be_written_again_and_no_file_is_ever_half(tmp_path, monkey
 def test_report_json_is_last(tmp_path, monkeypatch):
     folder = finished(tmp_path / "run")
     order = []
-    replace = R.os.replace
-    monkeypatch.setattr(R.os, "replace", lambda a, b: (order.append(b.name), replace(a, b)))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(b.name), replace(a, b)))
     R.write_report(folder, TrainConfig())
     assert order[-1] == "report.json" and len(order) == 8
 

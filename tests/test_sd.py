@@ -28,29 +28,6 @@ TOLERANCE = 1e-5  # of the largest latent, and of a pixel
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    "A function from a model's name to its folder, each built once"
-    root, built = tmp_path_factory.mktemp("models"), {}
-
-    def get(name):
-        if name not in built:
-            built[name] = str(build(name, root / name))
-        return built[name]
-
-    return get
-
-
-@pytest.fixture
-def fresh(folders):
-    "A function from a model's name to a denoiser of its own"
-
-    def get(name, dtype=torch.float32, **options):
-        return sd.denoiser_for(sd.load_pipeline(folders(name), dtype, **options), W)
-
-    return get
-
-
-@pytest.fixture(scope="module")
 def denoisers(folders):
     "A function from a model's name to its one untouched denoiser, for tests that only read"
     loaded = {}

@@ -837,6 +837,13 @@ class _LLaVAClient:
             raise RuntimeError(f"{who} {sum(numbers)} questions, not those that were asked")
         return answers
 
+# %% ../../nbs/library/28_reward_models.ipynb #a92ed867
+def _answering(url, model, dtype, batch_size, max_new_tokens, revision):
+    "Choose what answers: a server, where there is an address, or a LLaVA in this process."
+    if url:
+        return _LLaVAClient(url, batch_size)
+    return LLaVA(model, dtype, batch_size, max_new_tokens, revision)
+
 # %% ../../nbs/library/28_reward_models.ipynb #ea878e96
 class _BERTScore(Frozen):
     "Compare answers with references (Zhang et al. 2020, eq. 1), without idf weights or rescaling."
@@ -883,7 +890,7 @@ class _BERTScore(Frozen):
             scores[:, spoken] = torch.stack(some).float().cpu()
         return scores.unbind()
 
-# %% ../../nbs/library/28_reward_models.ipynb #040fd4e2
+# %% ../../nbs/library/28_reward_models.ipynb #02313f30
 @reward("llava_bertscore")
 class LLaVABERTScore(Reward):
     "Score what LLaVA sees against the prompt, by BERTScore's recall (Black et al. 2023, sec. 5.3)."
@@ -903,11 +910,7 @@ class LLaVABERTScore(Reward):
         revision=None,  # see LLaVA
     ):
         self.bert = _BERTScore(bert, bert_layers)
-        self.llava = (
-            _LLaVAClient(url, batch_size)
-            if url
-            else LLaVA(model, dtype, batch_size, max_new_tokens, revision)
-        )
+        self.llava = _answering(url, model, dtype, batch_size, max_new_tokens, revision)
 
     def load(
         self,
@@ -942,7 +945,7 @@ def _share_right(expected, answers):
     pairs = zip(expected, answers)
     return sum(text.lower() in answer.lower() for text, answer in pairs) / len(answers)
 
-# %% ../../nbs/library/28_reward_models.ipynb #841cc4e8
+# %% ../../nbs/library/28_reward_models.ipynb #22564504
 @reward("llava_vqa")
 class LLaVAQuestions(Reward):
     'Mark LLaVA: the share of `metadata["questions"]` that it answers as `metadata["answers"]` say.'
@@ -959,11 +962,7 @@ class LLaVAQuestions(Reward):
         max_new_tokens=64,  # of an answer
         revision=None,  # see LLaVA
     ):
-        self.llava = (
-            _LLaVAClient(url, batch_size)
-            if url
-            else LLaVA(model, dtype, batch_size, max_new_tokens, revision)
-        )
+        self.llava = _answering(url, model, dtype, batch_size, max_new_tokens, revision)
 
     def load(
         self,
