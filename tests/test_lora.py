@@ -435,6 +435,15 @@ def test_places_where_a_lora_is_found(tmp_path):
 # Save
 
 
+def test_who_may_read_the_folder_may_read_the_loras_files(fresh, tmp_path):
+    denoiser = fresh("sd15")
+    sd.add_lora(denoiser)
+    tmp_path.chmod(0o755)
+    sd.save_lora(denoiser, tmp_path)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {DIFFUSERS: 0o644, COMFY: 0o644}
+
+
 def test_adapters_of_other_names_are_saved_and_several_are_refused(tiny, tmp_path):
     "As those that load_lora_weights adds, before a trainer sees the model"
     expected = trained(tiny, tmp_path)

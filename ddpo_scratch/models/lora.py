@@ -145,7 +145,7 @@ def _plain(config):
     "Write sets as sorted lists."
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
-# %% ../../nbs/library/23_lora.ipynb #c09a72ce
+# %% ../../nbs/library/23_lora.ipynb #f619087a
 def save_lora(
     denoiser,  # a StableDiffusion or StableDiffusionXL with a LoRA
     folder,  # where the two files go
@@ -167,6 +167,8 @@ def save_lora(
     )
     save_file(_comfy_tensors(state, config), folder / f".{_COMFY_FILE}", metadata={"format": "pt"})
     for file in (_COMFY_FILE, _LORA_FILE):
+        # safetensors writes for its owner alone; who may read the folder may read these
+        os.chmod(folder / f".{file}", folder.stat().st_mode & 0o666)
         os.replace(folder / f".{file}", folder / file)
     return folder / _LORA_FILE
 
