@@ -296,7 +296,7 @@ def test_the_unit_of_ones_own():
 
 def test_every_registered_reward_says_what_it_scores():
     for name, thing in REWARDS.items():
-        if "of_a_test" not in name:
+        if thing.__module__.startswith("ddpo_scratch."):  # other tests register rewards of theirs
             first = (thing.__doc__ or "").strip().splitlines()[0]
             assert len(first) > 20 and first[0].isupper() and first[-1] in ".:)", (name, first)
 
