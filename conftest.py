@@ -1,7 +1,7 @@
 """How tests run: side by side, a file at a time and a notebook at a time (pytest-xdist).
 
-`pytest -n 0` runs them one after the other. The order: cheap checks of the project, then every
-notebook (nbmake, each in a kernel of its own), then the rest, the site last.
+`pytest -n 0` runs them one after the other. The order: cheap checks of the project, then what takes
+longest, every notebook (nbmake, each in a kernel of its own), and the rest.
 """
 
 import os
@@ -12,7 +12,12 @@ from unittest import mock
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
-ORDER = {"test_project.py": 0, "test_notebooks.py": 1, ".ipynb": 2, "test_site.py": 4}
+# A file that takes minutes must not be the last one, with one core at work and the others idle.
+# What it opens must be closed at its end (fixtures of its module): playwright's loop would be in
+# the way of notebooks that the same worker runs after it.
+ORDER = {"test_project.py": 0, "test_notebooks.py": 1, "test_site.py": 2, "test_engine.py": 2}
+ORDER |= {".ipynb": 3, "test_pins.py": 5}
+ALONE = ("test_numbers_are_as_they_were[", "test_shards_make_the_updates")  # beside their file
 
 # Before torch is imported: workers share the cores. Some notebooks ask for two threads all the
 # same; threads that wait must then sleep, for while they spin the others wait for a core (two such
@@ -23,13 +28,22 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 
 def pytest_collection_modifyitems(items):
-    "Sort the tests, and let one worker run each file, each notebook and each long test as a whole."
-    long = ("test_numbers_are_as_they_were[", "test_shards_make_the_updates")
-    items.sort(key=lambda item: ORDER.get(item.path.name, ORDER.get(item.path.suffix, 3)))
-    for item in items:
-        alone = item.name.startswith(long)
-        group = item.name if alone else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+    "Sort the tests."
+    items.sort(key=lambda item: ORDER.get(item.path.name, ORDER.get(item.path.suffix, 4)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Let one worker run each file, each notebook and each long test as a whole."
+    # xdist's own way, the mark xdist_group, has no effect with pytest 9.2
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, name = nodeid.partition("::")
+            return nodeid if name.startswith(ALONE) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

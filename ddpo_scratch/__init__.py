@@ -1,8 +1,8 @@
 """Reward fine-tuning of diffusion models, derived from scratch.
 
-    from ddpo_scratch import fit, TrainConfig
+    from ddpo_scratch import fit, preset
 
-    fit(TrainConfig(reward_fn="redness"))  # trains the embedded model, leaves a report in runs/
+    fit(preset("tiny_minute", reward_fn="jpeg_compressibility"))  # leaves a report in runs/
 """
 
 __version__ = "0.1.0"

@@ -150,7 +150,7 @@ def typical_prompt(
     change = torch.as_tensor(after).double() - torch.as_tensor(before).double()
     return prompts[change.argsort()[len(prompts) // 2]]
 
-# %% ../nbs/library/42_card.ipynb #8386ff84
+# %% ../nbs/library/42_card.ipynb #57ed6f28
 def _is_embedded(model):
     "Tell whether a model comes with this package."
     return (
@@ -186,8 +186,8 @@ def _with_diffusers(config, repo, prompt):
         lines.append(f'pipe.load_lora_weights("{repo}")  # or the folder of the run')
     scheduler = "DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"
     options = (
-        f"num_inference_steps={config.sample_num_steps}, "
-        f"guidance_scale={config.eval_guidance_scale:g}, eta={config.sample_eta:g}"
+        f"num_inference_steps={config.look_steps}, "
+        f"guidance_scale={config.eval_guidance_scale:g}, eta={config.look_eta:g}"
     )
     lines += [
         f"pipe.scheduler = {scheduler}",
@@ -242,7 +242,7 @@ def model_card(
     text = "\n\n".join([f"# {title}", *(part for part in parts if part)])
     return ModelCard(f"---\n{ModelCardData(**head).to_yaml()}\n---\n\n{text}\n")
 
-# %% ../nbs/library/42_card.ipynb #8dbfec2e
+# %% ../nbs/library/42_card.ipynb #eda2c5a6
 def _is_hub_id(model):
     "Is it owner/name, and not a folder of this disk?"
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(model))) and not os.path.exists(model)
@@ -253,7 +253,7 @@ def _head(config):
     head = dict(library_name="diffusers", pipeline_tag="text-to-image")
     head["license"] = "apache-2.0" if _is_embedded(config.model) else "other"
     head["tags"] = ["text-to-image", "diffusers", "reinforcement-learning"]
-    head["tags"] += ["reward-fine-tuning", config.method, "ddpo_scratch"]
+    head["tags"] += ["reward-fine-tuning", config.method_name, "ddpo_scratch"]
     if config.use_lora:
         head["tags"].append("lora")
     if _is_hub_id(config.model):

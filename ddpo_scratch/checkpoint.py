@@ -21,7 +21,7 @@ import torch
 
 from .config import config_hash, read_config, write_config
 
-# %% ../nbs/library/32_checkpoint.ipynb #d75b5172
+# %% ../nbs/library/32_checkpoint.ipynb #41f17f23
 COUNTERS = ("epoch", "global_step", "reward_queries", "eval_start", "eval_gain", "judge_start")
 
 
@@ -44,6 +44,9 @@ def snapshot(
         files["optimizer.pt"] = _pickled(state.optimizer.state_dict())
     if state.average is not None:
         files["average.pt"] = _pickled(state.average.state_dict())
+    if kept := state.method.tensors():
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+        files["method.safetensors"] = save(own)
     numbers = {name: getattr(state, name) for name in COUNTERS}
     numbers |= dict(world=engine.world, engine=engine.name, method=state.method.state_dict())
     numbers["scaler"] = engine.scaler.state_dict() if engine.scaler is not None else None
@@ -227,24 +230,24 @@ def find_checkpoint(
         "one of these; a run that saved nothing can be started again as it was"
     )
 
-# %% ../nbs/library/32_checkpoint.ipynb #b6e91651
+# %% ../nbs/library/32_checkpoint.ipynb #491bd615
 # fields that change what a run costs or leaves behind, and no number of what it does
 _MAY_DIFFER = set(
     """num_epochs resume_from save_freq num_checkpoint_limit logdir run_name eval_num_images
-    eval_guidance_scale eval_freq eval_judges stop_gain backprop_checkpointing
+    eval_guidance_scale eval_num_steps eval_freq eval_judges stop_gain backprop_checkpointing
     train_micro_batch_size reward_workers reward_offload reward_retries gradient_checkpointing
     compile slicing decode_batch_size rollout_device log_with tracker_project_name push_to_hub
     hub_model_id""".split()
 )
 
-# %% ../nbs/library/32_checkpoint.ipynb #39586781
+# %% ../nbs/library/32_checkpoint.ipynb #4a93afe7
 def _differences(saved, old, new):
     "Yield 'field was a, now b' for each field that may not differ."
     may_differ = set(_MAY_DIFFER)
     if new.train_lr_schedule != "constant" and new.num_epochs > saved["epoch"]:
         may_differ.discard("num_epochs")  # a falling learning rate ends there
     if saved["eval_start"] is not None and new.eval_num_images:
-        may_differ -= {"eval_num_images", "eval_guidance_scale"}
+        may_differ -= {"eval_num_images", "eval_guidance_scale", "eval_num_steps"}
     for field in dataclasses.fields(new):
         was, now = getattr(old, field.name), getattr(new, field.name)
         if was != now and field.name not in may_differ:
@@ -491,9 +494,16 @@ def _load_average(state, folder):
     state.average.load_state_dict(average)
     state.average.to(state.engine.device)
 
-# %% ../nbs/library/32_checkpoint.ipynb #9216844a
+# %% ../nbs/library/32_checkpoint.ipynb #fc6d4772
 def _load_memory(state, folder, saved):
     "Give method and scaler back what they remembered."
+    if kept := state.method.tensors():
+        path = folder / "method.safetensors"
+        own = _opened(path, _read_tensors)
+        _compare(path, own, kept)
+        with torch.no_grad():
+            for name, tensor in kept.items():
+                tensor.copy_(own[name])
     path = folder / "state.json"
     scaler = state.engine.scaler
     try:

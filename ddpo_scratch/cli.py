@@ -6,24 +6,24 @@
 __all__ = ['GROUPS', 'Asked', 'Layers', 'parse_train', 'ddpo_train', 'SampleOptions', 'ddpo_sample', 'EvalOptions', 'ddpo_eval',
            'main']
 
-# %% ../nbs/library/47_cli.ipynb #4b69eb04
+# %% ../nbs/library/47_cli.ipynb #58c4f0d1
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
 import shlex
-import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ddpo_scratch.config import (
+    MAIN_JOB,
     TrainConfig,
     check_config,
     preset,
@@ -44,7 +44,7 @@ from ddpo_scratch.drawing import (
     write_pictures,
     write_sheet,
 )
-from .named import outside, was_passed
+from .named import check_known, outside, parse_sum, registered, was_passed
 from .options import Mark, Parser, UsageError
 
 # whatever needs torch is imported by the functions that use it: help and mistakes answer at once
@@ -181,7 +181,7 @@ def _command(run):
 
     return command
 
-# %% ../nbs/library/47_cli.ipynb #62187ba1
+# %% ../nbs/library/47_cli.ipynb #f545bdf7
 def _two_threads():
     "Work on two threads where there are two, unless OMP_NUM_THREADS says otherwise."
     import torch
@@ -191,25 +191,8 @@ def _two_threads():
         torch.set_num_threads(max(torch.get_num_threads(), min(2, os.cpu_count() or 1)))
 
 
-def _offline_without_network(model):
-    "Where a model must come from the hub and nobody is there, do not ask for a minute."
-    names = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    if model.count("/") != 1 or Path(model).exists() or any(n in os.environ for n in names):
-        return
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        # both: the library reads the variable when it is imported
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        from huggingface_hub import constants
-
-        constants.HF_HUB_OFFLINE = True
-
-
-def _make_ready(model="tiny"):
+def _make_ready():
     "Set what is set once, before the first network is loaded."
-    _offline_without_network(model)
     _two_threads()
     quiet_libraries()
 
@@ -252,6 +235,50 @@ def _trusted(field, text, origin, option):
         f"that code, give {option} {shlex.quote(text)} yourself, or say --trust"
     )
 
+# %% ../nbs/library/47_cli.ipynb #28df888a
+def _asked_for(config, given, origin):
+    "Raise a ValueError where a file asks for an upload that the user has not asked for."
+    if config.push_to_hub and "push_to_hub" not in given:
+        where = f"to {config.hub_model_id}" if config.hub_model_id else "to your own account"
+        raise ValueError(
+            f"push_to_hub in {origin} would upload what the run leaves {where}: if you want that, "
+            "give --push_to_hub yourself, or say --trust; --push_to_hub false keeps it here"
+        )
+
+# %% ../nbs/library/47_cli.ipynb #0258ebe1
+def _check_names(rewards, prompts):
+    "Refuse names of rewards and of prompt sources that no source of this package registers."
+    # who has imported the rewards may have registered some by hand, and their own room answers
+    if "ddpo_scratch.rewards.base" in sys.modules:
+        return
+    places = (
+        (rewards, "get_reward", "reward", "ddpo_scratch.rewards", "reward"),
+        (prompts, "get_prompt_fn", "prompts", "ddpo_scratch.prompts", "source"),
+    )
+    for texts, who, kind, place, decorator in places:
+        known = registered(place, decorator)
+        for text in texts:
+            for name in _own_names(text):
+                check_known(name, known, who, kind, "FILE.py:NAME or package.module:attribute")
+
+
+def _judges(config):
+    "Split eval_judges at the commas that stand outside of brackets and quotes."
+    text = "" if config.eval_judges == "auto" else config.eval_judges
+    parts = re.split(r",(?![^(\[{]*[)\]}])", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _own_names(text):
+    "List the names in a text that are no file's and no module's."
+    if text.endswith(_DATA) or os.path.isfile(os.path.expanduser(text)):
+        return []
+    try:
+        names = [name for _, name, _ in parse_sum(text)]
+    except ValueError:
+        return []  # whoever reads it in earnest says why it cannot be read
+    return [name for name in names if ":" not in name and not name.endswith(".py")]
+
 # %% ../nbs/library/47_cli.ipynb #1b201889
 @dataclass(frozen=True, kw_only=True)
 class Layers:
@@ -270,7 +297,7 @@ class Layers:
     # processes that share a preset's global numbers
     world: Annotated[PositiveInt | None, Mark(default="the launcher's WORLD_SIZE, or 1")] = None
 
-# %% ../nbs/library/47_cli.ipynb #4295a3c5
+# %% ../nbs/library/47_cli.ipynb #8e314a67
 _FIRST = """preset model reward_fn prompt_fn num_epochs stop_gain train_learning_rate seed
 resume_from dry_run""".split()
 GROUPS = {
@@ -284,10 +311,11 @@ GROUPS = {
         train_use_8bit_adam train_adam_beta1 train_adam_beta2 train_adam_weight_decay
         train_adam_epsilon train_max_grad_norm ema_decay""".split(),
     "the method": """train_clip_range train_adv_clip_max per_prompt_stat_tracking
-        per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count kl_weight rwr_beta
-        rwr_fraction backprop_steps backprop_checkpointing draft_lv_copies""".split(),
+        per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count reward_shaping
+        kl_weight rwr_beta rwr_fraction backprop_steps backprop_checkpointing
+        draft_lv_copies""".split(),
     "looks at pictures of fixed seeds": """eval_num_images eval_freq eval_guidance_scale
-        eval_judges""".split(),
+        eval_num_steps eval_judges""".split(),
     "how the reward is asked": "reward_workers reward_retries reward_offload".split(),
     "memory and speed": """mixed_precision allow_tf32 gradient_checkpointing compile slicing
         vae_dtype decode_batch_size rollout_device rollout_dtype train_micro_batch_size
@@ -302,12 +330,13 @@ def _train_parser():
     return Parser(
         "ddpo_train",
         "Fine-tune a diffusion model on a reward. Without options: the embedded model, files that "
-        "compress well, DDPO, some minutes on two CPU cores.",
+        "compress well, a minute or two on two CPU cores.",
         [Layers, TrainConfig, Asked],
         GROUPS,
         _FIRST,
         [
             "ddpo_train                                      # the main job",
+            "ddpo_train --method ddpo_is                     # the same by DDPO, some minutes",
             "ddpo_train --reward_fn my_reward.py:redness     # your own reward, in a file",
             "ddpo_train --preset blog --dry_run              # what a run would do and need",
         ],
@@ -318,16 +347,22 @@ def _train_parser():
         suggest_fields,
     )
 
-# %% ../nbs/library/47_cli.ipynb #9239e34c
+# %% ../nbs/library/47_cli.ipynb #2f29fa91
 def _processes(world):
     "Say how many processes a run has: as given, or as the launcher says."
     return world or int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _fitting_preset(model):
+# whoever gives numbers of these groups, or a method, starts from the defaults of every field
+_OWN_NUMBERS = ("sampling", "updates", "the method")
+_OWN_WORDS = {"seed"}
+
+
+def _fitting_preset(model, given):
     "Choose a preset for a model where none was named, and say which."
     if model == TrainConfig.model:
-        return "tiny"
+        own = set().union(*(GROUPS[name] for name in _OWN_NUMBERS))
+        return "tiny" if (own | {"method"}) & (set(given) - _OWN_WORDS) else MAIN_JOB
     from ddpo_scratch.models.base import find_model
     from ddpo_scratch.plan import suggest_presets
 
@@ -359,12 +394,15 @@ def _configured(layers, given):
         config = read_config(name, **fields | dict(resume_from=str(name)))
         name = name / "config.yaml"
     else:
-        name = name or _fitting_preset(fields.get("model", TrainConfig.model))
+        name = name or _fitting_preset(fields.get("model", TrainConfig.model), fields)
         config = preset(name, _processes(layers.world), **fields)
     for field in _CODE_FIELDS:
         if not (layers.trust or field in given):
             origin = layers.config if field in in_file else str(name)
             _trusted(field, getattr(config, field), origin, f"--{field}")
+    if not layers.trust:
+        _asked_for(config, given, layers.config if "push_to_hub" in in_file else str(name))
+    _check_names([config.reward_fn, *_judges(config)], [config.prompt_fn])
     return check_config(config)
 
 
@@ -381,16 +419,9 @@ def parse_train(
     "Read a configuration from words: options over a YAML file, over the resumed run or a preset."
     return _configured(*_split(_train_parser().read(sys.argv[1:] if args is None else args)))
 
-# %% ../nbs/library/47_cli.ipynb #1aac4aeb
+# %% ../nbs/library/47_cli.ipynb #c689f798
 # asks the network for its prompts: a dry run looks only whether it takes the options
 _PROMPTS_OF_THE_NET = "pick_a_pic"
-
-
-def _judges(config):
-    "Split eval_judges at the commas that stand outside of brackets and quotes."
-    text = "" if config.eval_judges == "auto" else config.eval_judges
-    parts = re.split(r",(?![^(\[{]*[)\]}])", text)
-    return [part.strip() for part in parts if part.strip()]
 
 
 def _check_parts(config):
@@ -430,7 +461,7 @@ def _opening_line(c, world):
         f"{counted(c.updates_per_epoch, 'update')}"
     )
 
-# %% ../nbs/library/47_cli.ipynb #609da264
+# %% ../nbs/library/47_cli.ipynb #d6de0b53
 def _comparison_line(report):
     "Say how the reward of the fixed-seed pictures came out, with its unit."
     from ddpo_scratch.evaluate import amount
@@ -465,10 +496,7 @@ def _closing_lines(folder, config, prompt):
         yield _comparison_line(report)
     draw_it = _draw_command(folder, config, prompt)
     yield f"draw     {draw_it}"
-    findings = report.get("findings", [])
-    judges = report.get("judges", {})
-    # what counts as a fall, the gauges have said
-    fell = [name for name in judges if any(f.startswith(f"{name} fell") for f in findings)]
+    fell = report.get("fallen", [])
     if fell and config.use_lora:
         yield f"too much? {' and '.join(fell)} fell: {draw_it} --lora_weight 0.5"
     if 0 < config.goal <= report.get("gain", 0):
@@ -476,10 +504,8 @@ def _closing_lines(folder, config, prompt):
             "The reward would rise further, at the pictures' cost: ddpo_train --resume_from "
             f"{shlex.quote(str(folder))} --stop_gain {2 * config.stop_gain:g}"
         )
-    if "tensorboard" in config.log_with:
-        yield f"curves   tensorboard --logdir {shlex.quote(config.logdir)}"
 
-# %% ../nbs/library/47_cli.ipynb #f722fa96
+# %% ../nbs/library/47_cli.ipynb #b73ec91a
 def _example_prompt(config):
     "Choose a prompt for the command that draws: the first one of the run's list."
     from ddpo_scratch.prompts import get_prompt_fn
@@ -513,17 +539,19 @@ def ddpo_train(
         return 0
     from ddpo_scratch.train import fit
 
-    _make_ready(config.model)
+    _make_ready()
     _tell(_opening_line(config, world))
     try:
         folder = fit(config, verbose=layers.verbose)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if not stop.args:
+            raise  # before there was a run
         return 2  # from where the run can go on, fit has said
     for line in _closing_lines(folder, config, _example_prompt(config)):
         _tell(line)
     return 0
 
-# %% ../nbs/library/47_cli.ipynb #1fd11e81
+# %% ../nbs/library/47_cli.ipynb #5b5c12cc
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(DrawOptions):
     "What ddpo_sample draws, and where it puts it."
@@ -585,7 +613,7 @@ def ddpo_sample(
     if not any(prompt.strip() for prompt in options.prompts):
         raise ValueError('no prompt: give one or more, each in quotes, such as "a fox"')
     options = resolved(options)
-    _make_ready(options.model)
+    _make_ready()
     denoiser = denoiser_of(options)
     _warn_of_unknown_words(denoiser, options.prompts)
     prompts = [prompt for prompt in options.prompts for _ in range(options.n)]
@@ -598,7 +626,7 @@ def ddpo_sample(
         print(write_sheet(images, prompts, options, n_cols))
     return 0
 
-# %% ../nbs/library/47_cli.ipynb #39e4a2ae
+# %% ../nbs/library/47_cli.ipynb #4d3d4d69
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(DrawOptions):
     "What ddpo_eval measures."
@@ -615,7 +643,7 @@ class EvalOptions(DrawOptions):
     n: Annotated[int, Field(ge=2)] = 45
     base: bool = False  # also the model without its LoRAs
     trust: bool = False  # code that the run's folder names may run, such as a reward of its own
-    # folder for ddpo_eval.json and ddpo_eval.png
+    # folder for ddpo_eval.json and ddpo_eval.png; where they exist, ddpo_eval-002 and so on
     out: Annotated[str, Mark(default="the run's, or here")] = ""
 
 
@@ -635,7 +663,7 @@ def _eval_parser():
         ],
     )
 
-# %% ../nbs/library/47_cli.ipynb #a49a0503
+# %% ../nbs/library/47_cli.ipynb #2d2df729
 def _once(names, option):
     "Leave each name once, and say where one came again."
     unique = list(dict.fromkeys(names))
@@ -651,6 +679,7 @@ def _of_evaluation(options):
     if run and not options.rewards and not options.trust:
         _trusted("reward_fn", run.reward_fn, Path(folder) / "config.yaml", "--rewards")
     rewards = options.rewards or (run.reward_fn if run else "jpeg_compressibility",)
+    _check_names(rewards, options.prompts)
     places = dict(
         rewards=_once(rewards, "--rewards"),
         prompts=_once(options.prompts, "--prompts"),
@@ -759,7 +788,7 @@ def _table(lists, rewards):
             row += f"  {text:>{width}}"
         yield row
 
-# %% ../nbs/library/47_cli.ipynb #bafac1de
+# %% ../nbs/library/47_cli.ipynb #b458e075
 def _save_grid(path, results):
     "Draw the first eight pictures of each list, one row a list."
     from ddpo_scratch.evaluate import plot_grid
@@ -772,9 +801,19 @@ def _save_grid(path, results):
     plot_grid(images, titles, n_cols, row_labels=list(results)).savefig(path)
 
 
+def _free_files(out):
+    "Name an evaluation's two files by the first number that none of an earlier one has."
+    for number in itertools.count(1):
+        stem = "ddpo_eval" if number == 1 else f"ddpo_eval-{number:03d}"
+        files = out / f"{stem}.json", out / f"{stem}.png"
+        if not any(file.exists() for file in files):
+            return files
+
+
 def _save_results(out, options, results):
-    "Write ddpo_eval.json and ddpo_eval.png."
+    "Write ddpo_eval.json and ddpo_eval.png, or the next free ones."
     out.mkdir(parents=True, exist_ok=True)
+    numbers, pictures = _free_files(out)
     record = dict(
         model=options.model,
         lora=options.lora,
@@ -783,11 +822,11 @@ def _save_results(out, options, results):
         n=options.n,
         lists={name: summary for name, (_, _, summary) in results.items()},
     )
-    (out / "ddpo_eval.json").write_text(json.dumps(record, indent=1))
-    _save_grid(out / "ddpo_eval.png", results)
-    print(f"wrote {out / 'ddpo_eval.json'} and {out / 'ddpo_eval.png'}")
+    numbers.write_text(json.dumps(record, indent=1))
+    _save_grid(pictures, results)
+    print(f"wrote {numbers} and {pictures}")
 
-# %% ../nbs/library/47_cli.ipynb #d1d592cd
+# %% ../nbs/library/47_cli.ipynb #f0909c2d
 @_command
 def ddpo_eval(
     args=None,  # list of words; None reads the process's own
@@ -804,10 +843,12 @@ def ddpo_eval(
             "give a run with a LoRA, or --lora"
         )
     rewards = {text: _loaded_reward(text) for text in options.rewards}
+    prompts = []
     for name in options.prompts:
-        _shuffled_prompts(name, options.n)
-    _make_ready(options.model)
+        prompts += _shuffled_prompts(name, options.n)[0]
+    _make_ready()
     denoiser = denoiser_of(options)
+    _warn_of_unknown_words(denoiser, prompts)
     _tell_amount(denoiser, options)
     results = _measure_all(denoiser, rewards, options)
     lists = {name: summary for name, (_, _, summary) in results.items()}

@@ -125,7 +125,7 @@ def _common_model(runs):
         raise ValueError(f"LoRAs of different models do not mix: {told}; or give --model")
     return next(iter(models), "tiny")
 
-# %% ../nbs/library/46_drawing.ipynb #275a10c5
+# %% ../nbs/library/46_drawing.ipynb #c4fcab6c
 def _usual_numbers(model, run):
     "Say how a model is drawn from where nothing else is asked for."
     if run is None and model != "tiny":
@@ -135,8 +135,8 @@ def _usual_numbers(model, run):
     return dict(
         guidance_scale=config.eval_guidance_scale,
         negative_prompt=config.negative_prompts,
-        num_steps=config.sample_num_steps,
-        eta=config.sample_eta,
+        num_steps=config.look_steps,
+        eta=config.look_eta,
         height=config.height,
         width=config.width,
     )

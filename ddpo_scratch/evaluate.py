@@ -229,9 +229,12 @@ def reward_curve(
 ) -> object:  # matplotlib Figure, one panel
     "Draw the mean reward of each epoch's samples, a standard deviation about it, and fixed seeds."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     fig = Figure(figsize=(8, 4), layout="constrained", dpi=90)
     ax = fig.subplots()
+    # whole pictures, also where the run has one epoch and the axis ends about it
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     x, mean, std = (
         torch.tensor([row[key] for row in rows], dtype=torch.float64)
         for key in ("reward_queries", "reward_mean", "reward_std")

@@ -29,7 +29,7 @@ def averaged(
     finally:
         state.average.restore(state.params)
 
-# %% ../nbs/library/39_look.ipynb #76a14c74
+# %% ../nbs/library/39_look.ipynb #e86785bb
 def _pictures(state, prompts):
     "Draw the fixed-seed pictures; at the first look, those of the policy before training."
     config, denoiser = state.config, state.denoiser
@@ -41,8 +41,8 @@ def _pictures(state, prompts):
                 denoiser,
                 prompts,
                 config.seed,
-                config.sample_num_steps,
-                state.method.rule,
+                config.look_steps,
+                config.look_eta,
                 config.sample_batch_size,
             )
     finally:

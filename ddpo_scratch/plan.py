@@ -16,7 +16,7 @@ import torch
 from .config import TrainConfig, check_config, preset_names, read_preset
 from .models.base import sizes
 
-# %% ../nbs/library/30_plan.ipynb #c9aeb56a
+# %% ../nbs/library/30_plan.ipynb #30b17b8b
 def _rows(guidance_scale):
     "Count the network's rows for one sample: guidance asks with the prompt and without."
     return 1 if guidance_scale == 1 else 2
@@ -43,7 +43,7 @@ def plan(
     sampling, training, differentiated = method.passes(c)
     steps = differentiated if method.differentiable else c.steps_per_sample
     queries = n * method.copies(c)
-    look = c.eval_num_images * c.sample_num_steps * _rows(c.eval_guidance_scale)
+    look = c.eval_num_images * c.look_steps * _rows(c.eval_guidance_scale)
     # backward costs about twice what forward does
     epoch = round((sampling + training + 2 * differentiated) * rows)
     return dict(

@@ -34,7 +34,7 @@ from ddpo_scratch.evaluate import (
     reward_curve,
     summarize,
 )
-from .gauges import compare, diagnose, gauge_curves, panels
+from .gauges import compare, diagnose, fallen, gauge_curves, panels
 from ddpo_scratch.page import (
     bullets,
     code,
@@ -350,7 +350,7 @@ def write_report(
     reward_name="",  # on axes and in the card; empty takes config.reward_fn
     unit="",  # of the reward, such as "kB"
     judge_units=None,  # dict: name of a judge -> its unit
-) -> dict:  # as report.json: epochs, unit, findings, files; before, after ... where there are looks
+) -> dict:  # as report.json: epochs, unit, findings, fallen, files; before, after ... if it looked
     "Write curves, pictures, numbers, a page and the model card of a run into its folder."
     folder = Path(folder)
     rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
@@ -360,6 +360,7 @@ def write_report(
     looks, notes = _read_looks(folder, epochs)
     report = dict(epochs=epochs, unit=unit) | _measure(looks, unit, judge_units or {})
     report["findings"] = diagnose(rows, config, report.get("judges")) + notes
+    report["fallen"] = fallen(report.get("judges", {}))
     facts = Facts(folder, config, reward_name or str(config.reward_fn), rows, report)
     if looks:
         facts.prompt = _typical(looks)

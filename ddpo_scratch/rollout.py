@@ -155,7 +155,7 @@ def draw(
     "Draw each sample's noise from its own stream."
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-# %% ../nbs/book/02_rollout.ipynb #6bc8ec1c
+# %% ../nbs/book/02_rollout.ipynb #3f3fecc6
 @torch.no_grad()
 def sample(
     denoiser,  # Denoiser
@@ -165,6 +165,7 @@ def sample(
     generators,  # list of b CPU generators: each draws x_T, then one noise a step
     dtype=torch.float32,  # of the stored latents
     progress=None,  # wraps the step iterator, e.g. fastprogress' progress_bar
+    starts=None,  # list of b CPU generators that draw x_T in place of the samples' own
 ) -> Rollout:  # of b trajectories
     "Draw trajectories and remember every state, action and log-prob (DDPO, sec. 4.3)."
     if len(generators) != len(c):
@@ -173,7 +174,8 @@ def sample(
             "give one per sample, e.g. generator_for(seed, epoch, i)"
         )
     grid, stds = denoiser.path.grid(n_steps), step_rule(rule).stds(denoiser.path, n_steps)
-    xs, log_probs = [draw(generators, denoiser.latent_shape, denoiser.device).to(dtype)], []
+    x_T = draw(starts or generators, denoiser.latent_shape, denoiser.device)
+    xs, log_probs = [x_T.to(dtype)], []
     for i in (progress or iter)(range(n_steps)):
         mean, std = policy(denoiser, xs[-1], grid[i], grid[i + 1], c, rule)
         noise = draw(generators, denoiser.latent_shape, denoiser.device) if stds[i] > 0 else 0.0

@@ -57,7 +57,7 @@ def is_free(
     folder = Path(folder)
     return not folder.exists() or (folder.is_dir() and _is_early(folder))
 
-# %% ../nbs/library/35_runfolder.ipynb #da33ae05
+# %% ../nbs/library/35_runfolder.ipynb #9c78cd01
 def free_folder(
     config,  # TrainConfig
 ) -> Path:  # of a run that does not exist yet
@@ -73,7 +73,7 @@ def free_folder(
     # a module, a file or a function stands before a name, with a dot or a colon between them
     text = re.sub(r"<(\w+)>", r"\1", config.reward_fn).replace(".locals.", ".")
     reward = re.sub(r"[\w./]+[:.](?=[A-Za-z_])", "", text)
-    words = f"{config.method}-{reward}"
+    words = f"{config.method_name}-{reward}"
     stem = re.sub(r"[^\w.]+", "-", words).strip("-.")[:80]
     for k in itertools.count(1):
         # absolute: a reward may change the working directory
@@ -336,8 +336,13 @@ def _again(state, epochs=""):
         more = f", num_epochs={epochs}" if epochs else ""
         parts = "".join(f", {name.replace('model', 'denoiser')}=..." for name in passed)
         return f'fit(read_config("{folder}", resume_from="{folder}"{more}){parts})'
-    trust = " --trust" if outside(config.reward_fn) or outside(config.prompt_fn) else ""
-    return f"--resume_from {folder}" + (f" --num_epochs {epochs}" if epochs else "") + trust
+    more = f" --num_epochs {epochs}" if epochs else ""
+    # what a file names or asks for, ddpo_train does only when it is told so again
+    if outside(config.reward_fn) or outside(config.prompt_fn):
+        more += " --trust"
+    elif config.push_to_hub:
+        more += " --push_to_hub"
+    return f"--resume_from {folder}{more}"
 
 
 def _how_to_use(state, last):
@@ -384,9 +389,14 @@ def says_where(
     with stoppable():
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            where = "stopped"
             if state.engine.is_main:
                 # after a hangup there may be no terminal to write to
                 with shielded("stopping"), contextlib.suppress(OSError):
-                    print(f"\n{_where(state)}", flush=True)
-            raise
+                    where = _where(state)
+                    print(f"\n{where}", flush=True)
+            if type(error) is not KeyboardInterrupt:
+                raise
+            # in which line of a library it came says nothing: Python's last line says how to go on
+            raise KeyboardInterrupt(where.partition("\n")[0]) from None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'stride', 'TrainState', 'make_optimizer', 'learning_rate_share', 'setup']
 
-# %% ../nbs/library/37_setup.ipynb #eaf3dfb5
+# %% ../nbs/library/37_setup.ipynb #5e3e7b4f
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from .checkpoint import check_finite, find_checkpoint, load_checkpoint
-from .config import TrainConfig, check_config
+from .config import MAIN_JOB, TrainConfig, check_config, preset
 from .engine import start_engine
 from .models.base import load
-from .named import name_of
+from .named import name_of, refuse_in_import
 from .plan import plan
 from .progress import Progress
 from .prompts import get_prompt_fn
@@ -37,7 +37,7 @@ def stride(
     # 3 - 3 x is 1 at x = 2/3 and 0 at the goal; a quarter, so that noise does not stop a run short
     return min(1.0, max(0.25, 3 - 3 * gain / goal))
 
-# %% ../nbs/library/37_setup.ipynb #5f690e41
+# %% ../nbs/library/37_setup.ipynb #4c6d9444
 @dataclass
 class TrainState:
     "Hold a run in progress."
@@ -99,6 +99,11 @@ class TrainState:
     def noise(self, numbers) -> list:  # of CPU generators
         "Open the noise streams of samples of this epoch, by their numbers."
         return [self.generator(self.epoch, k, "noise") for k in numbers]
+
+    def starts(self, numbers) -> list:  # of CPU generators
+        "Open a noise stream for each group of samples that share a prompt, by their numbers."
+        groups = [k // self.config.sample_images_per_prompt for k in numbers]
+        return [self.generator(self.epoch, group, "start") for group in groups]
 
     def begin(self, what, n, thing, work) -> None:
         "Begin a phase of this epoch: n things of so much work are to be done."
@@ -205,7 +210,7 @@ def _named(config, **parts):
     names = {field: name_of(part) for field, part in parts.items() if part is not None}
     return dataclasses.replace(config, **names)
 
-# %% ../nbs/library/37_setup.ipynb #130ad343
+# %% ../nbs/library/37_setup.ipynb #04033934
 def _scorer(config, reward_fn, device):
     "Wrap the reward, and refuse one without a gradient where the method needs it."
     scorer = Scorer(
@@ -237,13 +242,25 @@ def _judges(config, denoiser, device):
     return judges
 
 
+def _method(config, denoiser, engine):
+    "Make the method, and refuse what it cannot work with."
+    if engine.sharded and config.method_class.keeps_policy:
+        raise ValueError(
+            f"{config.method_name} keeps a copy of the policy, which cannot be done where its "
+            "weights are sharded: use data parallel training, or a method without one"
+        )
+    method = config.method_class(config, denoiser.latent_shape)
+    method.steps(denoiser.path)  # refuses a schedule without a step to train on
+    return method
+
+
 def _average(config, params):
     "Keep a running average of the weights, if asked for."
     from diffusers.training_utils import EMAModel
 
     return EMAModel(params, decay=config.ema_decay) if config.ema_decay else None
 
-# %% ../nbs/library/37_setup.ipynb #01eb1c27
+# %% ../nbs/library/37_setup.ipynb #42171705
 def _place(config):
     "Find the checkpoint to go on from, None for a new run, and the run's folder."
     if not config.resume_from:
@@ -259,8 +276,9 @@ def setup(
     prompt_fn=None,  # prompt function in place of config.prompt_fn
 ) -> TrainState:  # ready for `train`
     "Load what a run needs and check it, with the checkpoint if it resumes one; write nothing."
+    refuse_in_import("a training run")
     parts = dict(reward_fn=reward_fn, prompt_fn=prompt_fn, model=denoiser)
-    config = _named(config or TrainConfig(), **parts)
+    config = _named(config or preset(MAIN_JOB), **parts)
     check_config(config)
     check_trackers(config)
     prompt_fn = get_prompt_fn(prompt_fn or config.prompt_fn)
@@ -269,9 +287,9 @@ def setup(
     engine = start_engine(config)
     scorer = _scorer(config, reward_fn, engine.device)
     denoiser = _denoiser(config, denoiser, engine.device)
-    method = config.method_class(config, denoiser.latent_shape)
-    method.steps(denoiser.path)  # refuses a schedule without a step to train on
+    method = _method(config, denoiser, engine)
     params = _trained(config, denoiser, engine)
+    method.prepare(denoiser)
     denoiser.network, params, optimizer = engine.prepare(
         config, denoiser.network, params, lambda params: make_optimizer(config, params)
     )

@@ -6,7 +6,7 @@
 __all__ = ['Step', 'Samples', 'collect', 'minibatches', 'micro_batches', 'update', 'optimizer_step', 'backprop_update', 'train',
            'fit']
 
-# %% ../nbs/library/40_train.ipynb #12fd3ee8
+# %% ../nbs/library/40_train.ipynb #70fad650
 import contextlib
 import math
 import time
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .config import TrainConfig
+from .config import MAIN_JOB, preset
 from .interrupt import shielded
 from .look import averaged, look, look_is_due
 from .methods.base import Batch
@@ -52,7 +52,7 @@ def _step(state, update, numbers):
     others = {name: value for name, value in numbers.items() if name not in names}
     return Step(state.epoch + 1, update, state.global_step, gauges=others, **known)
 
-# %% ../nbs/library/40_train.ipynb #d708673c
+# %% ../nbs/library/40_train.ipynb #90392691
 @dataclass
 class Samples:
     "Hold an epoch's samples on this process."
@@ -64,7 +64,8 @@ class Samples:
     weights: torch.Tensor  # (n,) advantages or weights
     all_rewards: torch.Tensor  # (n * processes,)
     extras: dict  # mean, over all processes, of each number that the reward returned beside
-    gauges: dict  # spread of all processes' weights, and what the method says of the epoch
+    gauges: dict  # spread of all processes' weights; what method and shaping say of the epoch
+    kl_share: torch.Tensor = None  # (n,) how much of the KL penalty each pays; None: all alike
 
 # %% ../nbs/library/40_train.ipynb #8d3cf673
 def _as_numbers(values, n):
@@ -91,7 +92,22 @@ def _mean_extras(
     shared = [name for name in parts[0] if all(name in part for part in parts)]
     return {name: sum(part[name] for part in parts) / len(parts) for name in shared}
 
-# %% ../nbs/library/40_train.ipynb #e76b9c67
+# %% ../nbs/library/40_train.ipynb #dfddb411
+def _in_order(engine, batches):
+    "Gather a number of each sample, or a row of them, in the order of the sample numbers."
+    rows = torch.stack([batch.to(engine.device) for batch in batches])
+    return engine.in_order(rows.flatten(1)).view(-1, *rows.shape[2:])
+
+
+def _shaped(state, needed, rewards, prompts, extras, embeddings):
+    "Do what config.reward_shaping says to the rewards of all processes."
+    engine, parts = state.engine, {}
+    for name in needed:
+        parts[name] = _in_order(engine, [extra[name] for extra in extras])
+    rows = None if embeddings[0] is None else _in_order(engine, embeddings)
+    return state.config.shaping(rewards, prompts, state.scorer.reward, parts, rows)
+
+# %% ../nbs/library/40_train.ipynb #02da9c77
 def _waiting(config, rollout):
     "Move trajectories to where they wait for training."
     if config.rollout_device != "auto":
@@ -113,25 +129,30 @@ def collect(
     "Roll out an epoch's samples with the current policy; score each batch while the next is drawn."
     config, engine, denoiser, method = state.config, state.engine, state.denoiser, state.method
     n, rollouts, images, futures, numbers = config.sample_batch_size, [], None, [], []
+    reward, embeddings = state.scorer.reward, []
+    needed = config.shaping.needs(reward)
     state.begin("sampling", config.samples_per_epoch, "picture", state.work["passes_sampling"])
     with state.scorer.batches() as submit:
         for j in range(config.sample_num_batches_per_epoch):
             ks = engine.sample_numbers(j, n)
             prompts, metadata = state.prompts(ks)
             c, dtype = denoiser.encode(prompts), DTYPES[config.rollout_dtype]
-            rollout = method.sample(denoiser, c, state.noise(ks), dtype)
+            rollout = method.sample(denoiser, c, state.noise(ks), dtype, state.starts(ks))
             pictures = denoiser.decode(rollout.x0.float())
             images = pictures.cpu() if images is None else images
             rollouts.append(_waiting(config, method.keep(rollout)))
             futures.append(submit(pictures, prompts, metadata))
+            embeddings.append(config.shaping.embed(pictures, reward))
             _tell_reward(state, futures)
             numbers += ks
         scores = [future.result() for future in futures]
-    own_rewards = torch.stack([rewards.to(engine.device) for rewards, _ in scores])
-    rewards = engine.in_order(own_rewards)
+    own_rewards, extras = zip(*scores)
+    rewards = _in_order(engine, own_rewards)
     all_prompts, _ = state.prompts(range(len(rewards)))
-    weights = method.weights(rewards, all_prompts)
+    shaped = _shaped(state, needed, rewards, all_prompts, extras, embeddings)
+    weights = method.weights(shaped.rewards, all_prompts)
     state.reward_queries += len(rewards)
+    gauges = dict(advantage_spread=weights.std().item()) | method.epoch_gauges(all_prompts)
     return Samples(
         rollout=type(rollouts[0]).cat(rollouts),
         images=images,
@@ -139,8 +160,9 @@ def collect(
         rewards=rewards[numbers],
         weights=weights[numbers].to(engine.device),
         all_rewards=rewards,
-        extras=_mean_extras(engine, [extras for _, extras in scores], n),
-        gauges=dict(advantage_spread=weights.std().item()) | method.epoch_gauges(all_prompts),
+        extras=_mean_extras(engine, extras, n),
+        gauges=gauges | shaped.gauges,
+        kl_share=None if shaped.kl_share is None else shaped.kl_share[numbers],
     )
 
 # %% ../nbs/library/40_train.ipynb #3a80163b
@@ -158,7 +180,7 @@ def minibatches(
     parts = torch.randperm(n, generator=generator).split(config.samples_per_update)
     return [(index, steps[index]) for index in parts]
 
-# %% ../nbs/library/40_train.ipynb #91f51290
+# %% ../nbs/library/40_train.ipynb #32f41dd2
 def micro_batches(
     state,  # TrainState
     samples,  # Samples of an epoch
@@ -174,7 +196,9 @@ def micro_batches(
     for j, (sample, step) in enumerate(zip(flat, steps.reshape(-1).split(size))):
         rows = tuple(column[j] for column in columns)
         weight = samples.weights[sample]
-        batches.append(Batch(samples.rollout, sample, step, weight, state.engine.device, rows))
+        pays = None if samples.kl_share is None else samples.kl_share[sample]
+        device = state.engine.device
+        batches.append(Batch(samples.rollout, sample, step, weight, device, rows, pays))
     return batches
 
 # %% ../nbs/library/40_train.ipynb #92192f16
@@ -292,7 +316,7 @@ def backprop_update(
     state.progress.reward(rewards.mean().item())
     return optimizer_step(state, _pooled(engine, rows)), rewards, all_extras
 
-# %% ../nbs/library/40_train.ipynb #b0dbb4fa
+# %% ../nbs/library/40_train.ipynb #6ddd8b97
 @dataclass
 class _Epoch:
     "Hold what an epoch's row needs beside its steps."
@@ -312,6 +336,7 @@ def _training(state, work):
 def _collected_steps(state, epoch):
     "Yield the optimizer steps of an epoch that collects all of its samples first."
     config, method = state.config, state.method
+    method.before_epoch(state.denoiser)
     samples = collect(state)
     epoch.sampled = time.perf_counter()
     epoch.rewards, epoch.extras = samples.all_rewards, samples.extras
@@ -491,7 +516,7 @@ def _display(folder):
             if path.is_file():
                 display(Image(data=path.read_bytes()))
 
-# %% ../nbs/library/40_train.ipynb #632bd1cf
+# %% ../nbs/library/40_train.ipynb #fd0f3d84
 def _steps(state, on_epoch, verbose):
     "Train to the end, with a line an epoch."
     config = state.config
@@ -520,7 +545,7 @@ def fit(
     **parts,  # denoiser, reward_fn, prompt_fn: passed to `setup`
 ) -> Path:  # of the run's folder
     "Train, show how far it is, and leave a report."
-    config = config or TrainConfig()
+    config = config or preset(MAIN_JOB)
     check_hub(config)
     state = setup(config, **parts)
     with held(state), says_where(state), _shown(state):

@@ -1,10 +1,10 @@
-"""Where the main job should stop: five seeds of DDPO-IS on the embedded model, and what it costs.
+"""What the main job reaches, and what it costs: five seeds on the embedded model.
 
     python experiments/main_job_guard.py              # seeds 0 to 4; finished ones are skipped
     python experiments/main_job_guard.py 0,1 2        # these seeds, on 2 threads
     python experiments/main_job_guard.py 0 1 SHEETS   # and all 45 pairs of pictures, into SHEETS
 
-Each run is `ddpo_train` with the options below. Of the run's own fixed-seed pictures, and of two
+Each run is `ddpo_train` without options. Of the run's own fixed-seed pictures, and of two
 pictures of each of the 45 animals from held-out noise, it measures the JPEG size, the embedded
 CLIP's score, and what the classifier that was trained on composed pictures says of the right
 animal. Writes main_job_guard.json, and main_job_guard.png: ten animals from held-out noise, before
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ddpo_scratch.config import preset
+from ddpo_scratch.config import MAIN_JOB, preset
 from ddpo_scratch.evaluate import before_after, fixed_seed_images, plot_grid
 from ddpo_scratch.models.sd import StableDiffusion, load_lora, load_pipeline
 from ddpo_scratch.models.tiny import CONCEPTS, load_classifier
@@ -32,7 +32,7 @@ from ddpo_scratch.train import fit
 HERE = Path(__file__).with_suffix("")
 LOG = HERE.with_suffix(".json")
 SEEDS = ["0", "1", "2", "3", "4"]
-OPTIONS = dict(stop_gain=0.17, eval_freq=1)
+OPTIONS = dict(preset=MAIN_JOB, stop_gain=preset(MAIN_JOB).stop_gain)
 NAMES = list(COMMON_ANIMALS)
 PROMPTS = [f"{article(name)} {name}" for name in NAMES]
 HELD_OUT_SEED = 1000  # of no run's own pictures
@@ -104,7 +104,7 @@ def compared(before, after, judges):
 
 def run(seed, judges, base, log_dir):
     "Train, then draw with the LoRA that the run left, as a user would."
-    config = preset("tiny", seed=int(seed), logdir=log_dir, **OPTIONS)
+    config = preset(MAIN_JOB, seed=int(seed), logdir=log_dir)
     start = time.perf_counter()
     folder = Path(fit(config))
     minutes = (time.perf_counter() - start) / 60
@@ -164,7 +164,7 @@ def main(seeds=SEEDS, threads=2, sheets=None):
     "Run the seeds that the log lacks."
     torch.set_num_threads(threads)
     judges = load_classifier(), tiny_clip_score()
-    base = draw(load_pipeline("tiny"), PROMPTS * 2, preset("tiny").eval_guidance_scale)
+    base = draw(load_pipeline("tiny"), PROMPTS * 2, preset(MAIN_JOB).eval_guidance_scale)
     after = {}
     for seed in seeds:
         if seed in read_log()["runs"]:

@@ -17,6 +17,9 @@ class Remembers:
     def __init__(self):
         self.stats = {"a fox": [1.0]}
 
+    def tensors(self):
+        return {}
+
     def state_dict(self):
         return dict(stats=self.stats)
 

@@ -14,7 +14,7 @@ from ddpo_scratch import cli
 from ddpo_scratch.config import TrainConfig, preset_names, write_config
 from ddpo_scratch.drawing import mix_loras
 from ddpo_scratch.evaluate import fixed_seed_images
-from ddpo_scratch.models import sd
+from ddpo_scratch.models import base, sd
 from loras import random_lora
 from PIL import Image
 
@@ -107,18 +107,51 @@ def test_help_says_what_a_run_decides(command, capsys, monkeypatch):
     assert re.search(r"--seed INT [^-]*\(default: \d\)", text)
 
 
+MISSPELT = {
+    "train --reward_fn jpeg_compresibility": "get_reward: no reward called 'jpeg_compresibility'",
+    "train --reward_fn brightness-2*rednes": "no reward called 'rednes'; did you mean redness",
+    "train --eval_judges brightnes": "no reward called 'brightnes'; did you mean brightness",
+    "train --prompt_fn comon_animals": "get_prompt_fn: no prompts called 'comon_animals'",
+    "train --prompt_fn count(max_count=3)": "no prompts called 'count'; did you mean counting",
+    "train --push_to_hub --reward_fn jpg --dry_run": "no reward called 'jpg'; ",
+    "eval tiny --rewards brightnes": "no reward called 'brightnes'; did you mean brightness",
+    "eval tiny --prompts other_animal": "no prompts called 'other_animal'; did you mean other_",
+}
+
+
 def test_help_and_mistakes_do_without_torch():
     done = python(
         "import sys; from ddpo_scratch import cli\n"
+        f"for words in {list(MISSPELT)}:\n    assert cli.main(words.split()) == 2, words\n"
         "assert cli.ddpo_train(['--help']) == cli.ddpo_sample(['--help']) == 0\n"
         "assert cli.ddpo_train(['--epochs', '3']) == cli.ddpo_eval(['--n', '1']) == 2\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'matplotlib'}\n"
         "print(*heavy & {name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
     )
+    assert done.returncode == 0 and "usage: ddpo_train [OPTIONS]" in done.stdout, done.stderr
     lines = done.stderr.splitlines()
-    assert done.returncode == 0 and "usage: ddpo_train [OPTIONS]" in done.stdout
+    for message in MISSPELT.values():
+        assert message in lines.pop(0)
     assert lines[0] == "error: no option --epochs: did you mean --num_epochs?"
     assert lines[-1] == "", f"imported: {lines[-1]}"
+
+
+def test_names_in_sums_files_and_quotes_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("animals").write_text("a fox")
+    for text in (
+        "animals",
+        "x.txt",
+        "my.py:red",
+        "pkg.red",
+        "redness +",
+        "red.py",
+        "(",
+        "a" * 9999,
+    ):
+        assert cli._own_names(text) in ([], ["a" * 9999]), text
+    assert cli._own_names("redness * brightness") == []  # no sum
+    assert cli._own_names("redness - 2*f('os:x') + a.b") == ["redness", "f"]
 
 
 def test_the_version(capsys):
@@ -430,16 +463,16 @@ def test_without_network_nobody_waits_for_the_hub(monkeypatch, capsys):
     asked = []
     for name in ("HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cli.socket, "getaddrinfo", nobody)
+    monkeypatch.setattr(base.socket, "getaddrinfo", nobody)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for model in ("tiny", ".", "./a/b", "a/b/c", "owner/model"):
-        cli._offline_without_network(model)
+    base._offline_without_network()
     assert not asked  # who says HF_HUB_OFFLINE has said what to do
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    for model in ("tiny", ".", "./a/b", "a/b/c"):
-        cli._offline_without_network(model)
-    assert not asked
+    base.pipeline_class(base.find_model("tiny"))
+    for model in ("./a/b", "a/b/c"):
+        mistake(capsys, "ddpo_sample", "a fox", "--model", model)
+    assert not asked  # what is on the disk, or nowhere
     message = mistake(capsys, "ddpo_sample", "a fox", "--model", "owner/nonexistent")
     assert asked[0] == "huggingface.co" and constants.HF_HUB_OFFLINE is True
     assert "no model 'owner/nonexistent'" in message and "folder" in message
@@ -464,15 +497,18 @@ def test_a_stop_is_a_word(capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_a_run_that_is_stopped_says_it_once(capsys, monkeypatch):
-    "Where a run can go on, fit has said."
+@pytest.mark.parametrize("said, err", [(["stopped in epoch 3; saved ..."], ""), ([], "stopped\n")])
+def test_a_run_that_is_stopped_says_it_once(capsys, monkeypatch, said, err):
+    "Where a run can go on, fit has said, if there was a run yet."
 
     def stopped(config, **options):
-        raise KeyboardInterrupt
+        print(*said)
+        raise KeyboardInterrupt(*said)
 
     monkeypatch.setattr("ddpo_scratch.train.fit", stopped)
     assert cli.ddpo_train([]) == 2
-    assert not capsys.readouterr().err
+    told = capsys.readouterr()
+    assert told.err == err and told.out.endswith("".join(said) + "\n")
 
 
 @pytest.mark.parametrize("setting,threads", [(None, min(2, os.cpu_count())), ("1", 1)])
@@ -543,6 +579,22 @@ def test_judges_among_others_run_nothing(stranger, capsys):
         assert "eval_judges" in mistake(capsys, "ddpo_train", "--config", "config.yaml")
         assert cli.parse_train(["--config", "config.yaml", *words]).eval_judges == "brightness"
     assert not Path("PWNED").exists()
+
+
+@pytest.mark.parametrize("repository", ["somebody/else", ""])
+@pytest.mark.parametrize("kind", ["config", "preset", "run"])
+def test_a_strangers_file_uploads_nothing(stranger, capsys, kind, repository):
+    "Neither to the stranger's account nor to the user's."
+    fields = dict(push_to_hub=True, hub_model_id=repository)
+    Path("theirs.yaml").write_text(json.dumps(fields))
+    words = [f"--{kind}", "theirs.yaml"]
+    if kind == "run":
+        words = ["--resume_from", stranger(**fields)]
+    message = mistake(capsys, "ddpo_train", *words)
+    assert message.startswith("error: push_to_hub in ") and "--push_to_hub yourself" in message
+    assert (repository or "your own account") in message and "--trust" in message
+    for more in (["--push_to_hub"], ["--push_to_hub", "false"], ["--trust"]):
+        assert cli.parse_train([*words, *more]).push_to_hub is ("false" not in more)
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -632,15 +684,26 @@ def test_a_part_that_was_passed_from_python_is_asked_for(stranger, capsys):
         assert "was passed from Python" in message and "give --reward_fn" in message
 
 
-def test_modules_of_the_working_directory_are_not_imported(tmp_path):
+def test_of_the_working_directory_only_what_is_named_is_imported(tmp_path):
     "Optional packages that are not installed were picked up where the command ran."
     for name in ("sentencepiece", "flash_attn", "bitsandbytes", "xformers", "evil"):
         (tmp_path / f"{name}.py").write_text(EVIL)
-    command = Path(sys.executable).with_name("ddpo_sample")
-    words = [command, "a fox", "--num_steps", "1"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    code = "def reward(images, prompts, metadata): return images.mean((1, 2, 3)), {}\n"
+    (tmp_path / "mine.py").write_text(code)
+    command = Path(sys.executable).with_name("ddpo_eval")
+    words = "tiny --prompts common_animals --n 2 --num_steps 2 --rewards".split()
+    words += ["mine:reward", "mine.py:reward"]
+    done = subprocess.run([command, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "PWNED").exists() and (tmp_path / "samples").is_dir()
+    record = json.loads((tmp_path / "ddpo_eval.json").read_text())
+    first, second = record["lists"]["common_animals"]["rewards"].values()
+    assert first == second and not (tmp_path / "PWNED").exists()
+
+
+def test_the_command_that_draws_is_installed():
+    command = Path(sys.executable).with_name("ddpo_sample")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: ddpo_sample" in done.stdout, done.stderr
 
 
 def test_commands_leave_the_path_alone(tmp_path, monkeypatch):
@@ -769,19 +832,6 @@ def test_a_run_is_resumed(tmp_path, capsys):
     assert [row["epoch"] for row in rows] == [1, 2]
 
 
-def test_a_reward_in_a_file_of_the_current_folder_is_found(tmp_path):
-    code = "def reward(images, prompts, metadata): return images.mean((1, 2, 3)), {}\n"
-    (tmp_path / "mine.py").write_text(code)
-    command = Path(sys.executable).with_name("ddpo_eval")
-    words = "tiny --prompts common_animals --n 2 --num_steps 2 --rewards".split()
-    words += ["mine:reward", "mine.py:reward"]
-    done = subprocess.run([command, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "ddpo_eval.json").read_text())
-    first, second = record["lists"]["common_animals"]["rewards"].values()
-    assert first == second
-
-
 # ---------------------------------------------------------------- last words
 
 
@@ -830,8 +880,9 @@ def test_how_to_go_on_stands_only_where_the_goal_stopped_the_run(tmp_path):
 
 def test_too_much_stands_only_where_a_judge_fell(tmp_path):
     judges = dict.fromkeys(("clip", "animal", "other"), {})
-    findings = [f"{name} fell from 3 to 1: it is so" for name in ("clip", "animal")]
-    lines = closing(tmp_path, REPORT | dict(judges=judges, findings=findings))
+    findings = ["other fell from 3 to 1: as text says"]
+    report = REPORT | dict(judges=judges, findings=findings, fallen=["clip", "animal"])
+    lines = closing(tmp_path, report)
     (line,) = [line for line in lines if line.startswith("too much?")]
     assert "clip and animal fell" in line and line.endswith(f"--lora {tmp_path} --lora_weight 0.5")
     assert not any("too much" in line for line in closing(tmp_path, REPORT))
@@ -844,10 +895,9 @@ def test_the_command_that_draws_fits_the_run(tmp_path):
     assert closing(folder, None, use_lora=False)[1].endswith(f"--model '{folder}'")
 
 
-def test_tensorboard_is_told_how_to_open(tmp_path):
-    assert (
-        closing(tmp_path, None, log_with="tensorboard")[-1] == "curves   tensorboard --logdir runs"
-    )
+def test_how_to_open_tensorboard_is_said_by_the_log_alone(tmp_path):
+    lines = closing(tmp_path, REPORT, log_with="tensorboard")
+    assert lines == closing(tmp_path, REPORT) and "tensorboard --logdir" not in " ".join(lines)
 
 
 def test_long_texts_are_cut_in_the_first_line():
@@ -962,3 +1012,25 @@ def test_long_evaluations_say_how_long(monkeypatch, capsys):
     assert told == "135 pictures: 45 of each of 3 lists; drawing takes about 4 min\n"
     cli._tell_amount(None, dataclasses.replace(options, n=2, prompts=("common_animals",)))
     assert capsys.readouterr().out == "2 pictures: 2 of each of 1 list\n"
+
+
+def test_an_evaluation_overwrites_none_before_it(tmp_path):
+    def names():
+        return [file.name for file in cli._free_files(tmp_path)]
+
+    assert names() == ["ddpo_eval.json", "ddpo_eval.png"]
+    (tmp_path / "ddpo_eval.png").touch()
+    assert names() == ["ddpo_eval-002.json", "ddpo_eval-002.png"]
+    (tmp_path / "ddpo_eval-002.json").touch()
+    assert names() == ["ddpo_eval-003.json", "ddpo_eval-003.png"]
+
+
+def test_two_evaluations_leave_two_and_say_what_the_model_does_not_know(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("a fox\na zyzzyva on Mars\n")
+    words = f"tiny --prompts {tmp_path}/mine.txt --rewards redness --n 2 --num_steps 1".split()
+    for name in ("ddpo_eval", "ddpo_eval-002"):
+        assert cli.ddpo_eval([*words, "--out", str(tmp_path)]) == 0
+        told = capsys.readouterr().out
+        assert "note: the embedded model does not know 'zyzzyva'" in told
+        assert f"wrote {tmp_path}/{name}.json and {tmp_path}/{name}.png" in told
+        assert json.loads((tmp_path / f"{name}.json").read_text())["n"] == 2

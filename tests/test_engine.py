@@ -4,16 +4,16 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
+import processes
 import pytest
 import torch
 from runs import SMALL, leave_in, numbers, small, trained
@@ -29,12 +29,6 @@ from ddpo_scratch.setup import setup
 from ddpo_scratch.train import collect, fit, train
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-# forks of a server that has imported everything once
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["ddpo_scratch.train", "diffusers", "transformers", "peft", "accelerate"]
-)
 
 
 def rows(folder):
@@ -51,7 +45,9 @@ def _child(fields, run, log):
 
 def child(config, log, run="train"):
     "Run in another process."
-    process = CONTEXT.Process(target=_child, args=(dataclasses.asdict(config), run, str(log)))
+    process = processes.CONTEXT.Process(
+        target=_child, args=(dataclasses.asdict(config), run, str(log))
+    )
     process.start()
     return process
 
@@ -273,8 +269,8 @@ def test_negative_prompts_are_what_guidance_leaves(tmp_path):
     assert torch.equal(a.cond, b.cond) and not torch.equal(a.uncond, b.uncond)
 
 
-def test_a_compiled_policy_trains_resumes_and_saves_its_lora(tmp_path, monkeypatch):
-    "Traced, but run by the eager backend, so that the test does not wait for a compiler."
+def test_a_compiled_policy_trains_resumes_and_saves_its_lora(tmp_path, monkeypatch, folders):
+    "Traced, but run by the eager backend; a U-Net of few layers, of which each is traced."
     compiled = []
 
     def compile_eagerly(network):
@@ -283,13 +279,14 @@ def test_a_compiled_policy_trains_resumes_and_saves_its_lora(tmp_path, monkeypat
         network._compiled_call_impl = call
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    plain = trained(small(tmp_path, run_name="plain"))
-    config = small(tmp_path, run_name="a", compile=True)
+    model = folders("sd15")
+    plain = trained(small(tmp_path, run_name="plain", model=model))
+    config = small(tmp_path, run_name="a", model=model, compile=True)
     leave_in(config, epoch=2)
     folder = fit(dataclasses.replace(config, run_name="", resume_from=str(tmp_path / "a")))
     a, b = (numbers(f)[-1]["reward_mean"] for f in (folder, plain.folder))
     assert compiled and a == pytest.approx(b, abs=2e-3)
-    assert load_lora(load_pipeline("tiny"), folder).unet.peft_config
+    assert load_lora(load_pipeline(model), folder).unet.peft_config
 
 
 # Folders and processes.
@@ -454,24 +451,16 @@ def shared_runs(tmp_path, world):
     return runs
 
 
-def launch(start, script, *words, **environment):
-    "Run a script and wait for it; its errors are the test's."
-    command = [*start, str(script), *map(str, words)]
-    environment = ENVIRONMENT | environment
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_one_process_and_two_make_the_same_updates(tmp_path):
     "Traps 1 and 8 of TRL: gradients are synchronised, rewards gathered before advantages."
     (tmp_path / "script.py").write_text(SCRIPT)
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = {}
-    for world, start in ((1, [sys.executable]), (2, two)):
+    for world in (1, 2):
         folder = tmp_path / str(world)
         folder.mkdir()
         fields = json.dumps(shared_runs(tmp_path, world))
-        launch(start, tmp_path / "script.py", folder, fields, ACCELERATE_USE_CPU="true")
+        script, cpu = tmp_path / "script.py", dict(ACCELERATE_USE_CPU="true")
+        processes.run(script, folder, fields, world=world, **cpu)
         found[world] = [torch.load(f, weights_only=True) for f in sorted(folder.glob("rank*.pt"))]
     (one,), (first, second) = found[1], found[2]
     for name in one:
@@ -490,6 +479,7 @@ def test_one_process_and_two_make_the_same_updates(tmp_path):
 
 SHARDED = """
 import dataclasses, json, sys, torch
+import ddpo_scratch.train
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from ddpo_scratch.config import TrainConfig
@@ -503,6 +493,8 @@ where, configs, out = sys.argv[1], json.loads(sys.argv[2]), {"errors": []}
 configs = {name: TrainConfig(**fields) for name, fields in configs.items()}
 for config in configs.values():
     fit(config)
+    # the first run's report is enough: pictures and pages have nothing to do with shards
+    ddpo_scratch.train.write_report = lambda *words: dict(findings=[])
 
 cut = dataclasses.replace(configs["ddpo_is"], run_name="cut")
 for step in train(cut):
@@ -577,16 +569,27 @@ def weights(folder):
     return torch.cat([p.detach().flatten() for p in parameters])
 
 
+def launched(name, script):
+    "What `accelerate launch` with one of our configs puts into the environment of its processes."
+    from accelerate.commands import launch
+
+    found = {}
+    words = ["--config_file", str(ROOT / "configs" / f"{name}.yaml"), "--num_processes", "2"]
+    words += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1", str(script)]
+    # all of accelerate's launcher, up to where torchrun would start the processes
+    with mock.patch("torch.distributed.run.run", lambda args: found.update(os.environ)):
+        launch.launch_command(launch.launch_command_parser().parse_args(words))
+    return {key: value for key, value in found.items() if os.environ.get(key) != value}
+
+
 def launch_sharded(tmp_path, name, **more):
     "Run the sharded script on two processes; what each of them saw."
-    (tmp_path / "script.py").write_text(SHARDED)
-    start = [sys.executable, "-m", "accelerate.commands.launch"]
-    start += ["--config_file", str(ROOT / "configs" / f"{name}.yaml")]
-    start += ["--num_processes", "2", "--main_process_port", "0"]
-    start += ["--num_cpu_threads_per_process", "1"]
+    script = tmp_path / "script.py"
+    script.write_text(SHARDED)
     fields = json.dumps(whole_runs(tmp_path, 2, **more))
-    devices = dict(ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
-    launch(start, tmp_path / "script.py", tmp_path, fields, **devices)
+    environment = launched(name, script)
+    assert any("FSDP" in key or "DEEPSPEED" in key for key in environment)
+    processes.run(script, tmp_path, fields, world=2, **environment)
     return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -598,9 +601,15 @@ SHARDS = [("fsdp", {}), pytest.param("deepspeed_zero2", dict(ema_decay=0.5), mar
 
 
 @pytest.mark.parametrize("name, more", SHARDS, ids=["FSDP", "ZeRO-2"])
-def test_shards_make_the_updates_of_one_process_resume_and_save_all_weights(tmp_path, name, more):
+def test_shards_make_the_updates_of_one_process_resume_and_save_all_weights(
+    tmp_path, monkeypatch, name, more
+):
     torch.set_num_threads(1)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     ranks, start = launch_sharded(tmp_path, name, **more), weights("tiny")
+    # of one process only the numbers and weights are wanted
+    monkeypatch.setattr("ddpo_scratch.train.write_report", lambda *words: dict(findings=[]))
     for run, fields in whole_runs(tmp_path, 1, **more).items():
         one, two = fit(TrainConfig(**fields)), tmp_path / f"{run}2" / "a"
         for a, b in zip(numbers(one), numbers(two), strict=True):

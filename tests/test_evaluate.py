@@ -236,3 +236,14 @@ def test_summary():
 def test_one_picture_has_no_spread():
     summary = E.summarize(torch.rand(1, 3, 8, 8), [2.0])
     assert summary == dict(n=1, reward_mean=2.0, reward_se=0.0, pixel_std=0.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 20])
+def test_the_axis_of_queries_has_whole_numbers(n):
+    rows = [
+        dict(reward_queries=2 * k, reward_mean=0.1 * k, reward_std=0.1) for k in range(1, n + 1)
+    ]
+    (ax,) = E.reward_curve(rows).axes
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+    assert ticks and all(tick == round(tick) for tick in ticks)

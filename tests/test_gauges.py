@@ -246,3 +246,23 @@ def test_overshooting_is_measured_against_the_runs_clip_range():
     assert "the clip range of 2.5e-05" in finding
     without = [row(epoch, **gauges) for epoch in range(1, 6)]
     assert G.diagnose(without, TrainConfig()) == []
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+def test_axes_of_epochs_have_whole_numbers(n):
+    "A run of one epoch would else have ticks at 0.96, 0.98, 1.00 ..."
+    epochs = list(range(1, n + 1))
+    (ax,) = G.gauge_curves([G.Panel("a", epochs, [0.5 * k for k in epochs])]).axes
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+    assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+def test_judges_that_fell_are_named_as_they_are_said():
+    generator = G.torch.Generator().manual_seed(0)
+    old = G.torch.randn(45, generator=generator)
+    lost, kept = G.compare(old, old - 0.5), G.compare(old, old + 0.1)
+    assert G.fallen(dict(clip=lost, animal=kept, other=lost)) == ["clip", "other"]
+    said = G.diagnose([row(1)], TrainConfig(), dict(clip=lost, animal=kept))
+    assert [line.split(" fell")[0] for line in said if " fell from" in line] == ["clip"]
+    assert G.fallen({}) == []

@@ -185,3 +185,33 @@ def test_pictures_of_another_size_are_asked_for_by_name(tmp_path):
     assert type(base.load(folder)) is OneSize
     with pytest.raises(ValueError, match="draws one size only: leave height and width at 0"):
         base.load(folder, height=64)
+
+
+def test_our_own_reading_and_writing_shows_no_bars(tmp_path, capfd):
+    "And what others load afterwards shows them as before."
+    import diffusers
+    import transformers
+    from huggingface_hub import utils as hub
+
+    logs = [library.utils.logging for library in (diffusers, transformers)]
+    shown = [log.is_progress_bar_enabled() for log in logs]
+    for log in logs:
+        log.enable_progress_bar()
+    try:
+        denoiser = base.load("tiny")
+        denoiser.save(tmp_path)
+        assert "it/s]" not in capfd.readouterr().err
+        assert all(log.is_progress_bar_enabled() for log in logs)
+        diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+        assert "it/s]" in capfd.readouterr().err
+        with pytest.raises(KeyError), base.quiet_bars():
+            assert not any(log.is_progress_bar_enabled() for log in logs)
+            assert not hub.are_progress_bars_disabled()  # of downloads
+            raise KeyError
+        hub.disable_progress_bars()
+        with base.quiet_bars():
+            pass
+        assert hub.are_progress_bars_disabled()
+    finally:
+        for log, was in zip(logs, shown):
+            (log.enable_progress_bar if was else log.disable_progress_bar)()

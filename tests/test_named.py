@@ -4,7 +4,9 @@ import fractions
 import functools
 import importlib
 import math
+import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -17,8 +19,14 @@ from ddpo_scratch.named import (
     outside,
     parse_call,
     parse_sum,
+    refuse_in_import,
+    registered,
 )
+from ddpo_scratch.prompts import SOURCES
 from ddpo_scratch.rewards.base import REWARDS
+
+# now: `here` forgets what a test has imported, and torch cannot be imported in part again
+importlib.import_module("ddpo_scratch.train")
 
 ROOM = """
 from {room} import THINGS
@@ -312,6 +320,45 @@ def test_what_is_wrong_with_a_file_is_said(here, source, path, message):
     assert "\n" not in str(e.value)
 
 
+TRAINS = """
+from ddpo_scratch import TrainConfig, fit
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean((1, 2))
+
+{guard}fit(TrainConfig(num_epochs=1, logdir="runs"), reward_fn=redness)
+"""
+
+
+@pytest.mark.parametrize("call", ["fit", "ddpo_scratch.train.setup"])
+def test_a_script_that_trains_when_it_is_imported_starts_no_run(here, call):
+    "Even where it lets no error through: what it defines is not loaded then."
+    source = (
+        TRAINS.format(guard="") if call == "fit" else "import ddpo_scratch.train\n" + call + "()"
+    )
+    (here / "script.py").write_text(source)
+    with pytest.raises(ValueError) as error:
+        REWARDS.find("script.py:redness")
+    message = "script.py starts a training run while it is imported for what it defines: put that"
+    assert message in str(error.value) and 'under if __name__ == "__main__":' in str(error.value)
+    assert not (here / "runs").exists() and "script" not in sys.modules
+    (here / "guarded.py").write_text(TRAINS.format(guard='if __name__ == "__main__":\n    '))
+    assert REWARDS.find("guarded.py:redness").__module__ == "guarded"
+    refuse_in_import("a training run")  # afterwards everything may be started
+
+
+def test_while_one_thread_imports_another_may_start_a_run(here):
+    text = "import threading\nfrom ddpo_scratch.named import refuse_in_import\n"
+    text += "thread = threading.Thread(target=refuse_in_import, args=('a run',))\n"
+    text += "raised = []\nthreading.excepthook = raised.append\nthread.start()\nthread.join()\n"
+    (here / "threads.py").write_text(text)
+    hook = threading.excepthook
+    try:
+        assert load_attribute("threads.py:raised") == []
+    finally:
+        threading.excepthook = hook
+
+
 def test_load_attribute():
     assert load_attribute("math:pi") is math.pi
     assert load_attribute("pathlib:Path.cwd")().is_dir()
@@ -416,3 +463,32 @@ def test_a_new_file_is_found_without_a_list(folder, tmp_path):
         ROOM.format(room="room_of_things", name="zebra")
     )
     assert folder.find("zebra") == "zebra of the folder"
+
+
+def test_sources_say_what_importing_registers():
+    "Rewards and prompt sources are told by their decorators, whatever else a module holds."
+    own = {name for name in REWARDS if REWARDS[name].__module__.startswith("ddpo_scratch.")}
+    assert set(registered("ddpo_scratch.rewards", "reward")) == own
+    own = {name for name in SOURCES if SOURCES[name].__module__.startswith("ddpo_scratch.")}
+    assert set(registered("ddpo_scratch.prompts", "source")) == own
+
+
+UNIMPORTED = """
+import sys
+from ddpo_scratch.named import registered
+assert "pickscore" in registered("ddpo_scratch.rewards", "reward")
+assert "torch" not in sys.modules
+from ddpo_scratch.rewards.base import get_reward
+try:
+    get_reward("redness - 2*pikscore")
+except ValueError as error:
+    print(error)
+print([name for name in sys.modules if name.startswith("ddpo_scratch.rewards.")])
+"""
+
+
+def test_a_misspelt_reward_is_refused_before_any_of_the_folder_is_imported():
+    done = subprocess.run([sys.executable, "-c", UNIMPORTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no reward called 'pikscore'; did you mean pickscore or" in done.stdout
+    assert done.stdout.endswith("['ddpo_scratch.rewards.base']\n")

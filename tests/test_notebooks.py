@@ -214,3 +214,38 @@ def test_failing_cell_fails_the_test_and_names_the_notebook(project):
     edit(project / B, "print(two())", "assert two() == 5")
     done = run(project, *pytest_alone)
     assert done.returncode == 1 and "FAILED nbs/library/02_b.ipynb" in done.stdout, done.stdout
+
+
+WRITES_ITS_WORKER = """
+import os
+import pytest
+
+@pytest.mark.parametrize("i", range(4))
+def test_numbers_are_as_they_were(i, tmp_path_factory):
+    line = f"{os.environ['PYTEST_XDIST_WORKER']}\\n"
+    with open(__file__ + ".log", "a") as file:
+        file.write(line)
+
+@pytest.mark.parametrize("i", range(8))
+def test_of_a_file(i):
+    line = f"file {os.environ['PYTEST_XDIST_WORKER']}\\n"
+    with open(__file__ + ".log", "a") as file:
+        file.write(line)
+"""
+
+
+def test_a_file_stays_on_one_worker_but_for_its_long_tests(tmp_path):
+    "What tests of a file share, such as the site, is then made once."
+    for file in ("conftest.py", "pytest.ini"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_a.py").write_text(WRITES_ITS_WORKER)
+    (tmp_path / "tests/test_b.py").write_text(WRITES_ITS_WORKER)
+    done = run(tmp_path, "-m", "pytest", "-n", "2", "-q", "tests")
+    assert done.returncode == 0, done.stdout
+    long_ones = set()
+    for name in "ab":
+        lines = (tmp_path / f"tests/test_{name}.py.log").read_text().splitlines()
+        assert len(lines) == 12 and len({line for line in lines if line[:4] == "file"}) == 1
+        long_ones |= {line for line in lines if line[:4] != "file"}
+    assert len(long_ones) > 1, "the long ones are shared out"

@@ -107,7 +107,7 @@ def test_a_plan_is_of_a_checked_configuration():
     with pytest.raises(ValueError, match="num_epochs is 0"):
         plan(TrainConfig(num_epochs=0))
     with pytest.raises(ValueError, match="unknown method"):
-        describe(TrainConfig(method="dpo"))
+        describe(TrainConfig(method="dqn"))
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -25,7 +25,10 @@ SOURCES = {m: stale.module_file(m, LIB).read_text(encoding="utf-8") for m in MOD
 SCRIPTS = sorted(
     [p for d in ("experiments", "benchmarks", "tools", "tests") for p in (ROOT / d).glob("*.py")]
 )
-HEAVY = "diffusers transformers peft accelerate matplotlib timm wandb open_clip".split()
+HEAVY = (
+    "diffusers transformers peft accelerate matplotlib timm wandb open_clip torchvision scipy PIL"
+    " inflect datasets bert_score requests safetensors"
+).split()
 DEV = (
     "nbdev fastcore execnb nbclient nbconvert nbformat nbmake IPython ipykernel pytest smalldocs"
     " playwright deepspeed"

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import time
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -556,3 +557,32 @@ def test_a_run_killed_before_its_report_is_finished_gets_it_by_resuming(real):
     assert len(read_metrics(real)) == 2
     with pytest.raises(ValueError, match="has already finished epoch 2 of 2, and its report is"):
         fit(again)
+
+
+def test_an_interrupt_ends_with_the_line_that_says_how_to_go_on(tmp_path):
+    "Where in the libraries it came is no news: the traceback has this file and that of the run."
+    state = mini(tmp_path, num_epochs=9)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        with F.held(state), F.says_where(state):
+            train_to(state, 2)
+            signal.raise_signal(signal.SIGTERM)
+    lines = traceback.format_exception(caught.value)
+    message = (
+        f"stopped in epoch 3; saved up to epoch_0002: resume with --resume_from {state.folder}"
+    )
+    assert lines[-1].strip() == f"KeyboardInterrupt: {message}"
+    assert len(caught.traceback) <= 3 and "During handling" not in "".join(lines)
+    assert caught.traceback[-1].path.name == "runfolder.py"
+
+
+def test_how_to_go_on_repeats_what_a_file_cannot_ask_for(tmp_path):
+    for number, (fields, more) in enumerate(
+        [
+            (dict(push_to_hub=True), " --push_to_hub"),
+            (dict(push_to_hub=True, reward_fn="my.py:red"), " --trust"),
+            (dict(), ""),
+        ]
+    ):
+        state = mini(tmp_path, name=f"run-{number}", num_epochs=9, **fields)
+        train_to(state, 1)
+        assert F._again(state) == f"--resume_from {state.folder}{more}"

@@ -52,7 +52,7 @@ BESIDE = ["names.html", "changes.html", "cite.html", "contributing.html", "licen
 EVERY = PAGES + BESIDE
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def built(tmp_path_factory):
     out = tmp_path_factory.mktemp("site") / "docs"
     done = subprocess.run(
@@ -98,7 +98,7 @@ class Html(HTMLParser):
             self.loads.append(a.get("href") or a.get("src") or "")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def html(built):
     return {p.relative_to(built).as_posix(): Html(p) for p in built.rglob("*.html")}
 
@@ -175,7 +175,7 @@ def test_page_has_every_stored_picture(built, path):
 # ---------------------------------------------------------------- ways through, out and in
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def text(built):
     return {page: (built / page).read_text(encoding="utf-8") for page in EVERY}
 
@@ -632,7 +632,7 @@ class Tab:
         return self.page.wait_for_function(expression)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     if os.environ.get("DDPO_NO_BROWSER"):
         pytest.skip("DDPO_NO_BROWSER is set")
@@ -652,7 +652,7 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(built):
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args):

@@ -2,15 +2,14 @@
 
 import importlib.util
 import json
-import os
 import runpy
-import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import numpy as np
+import pins
+import processes
 import pytest
 import sd_models
 import torch
@@ -91,7 +90,9 @@ def same(some, others):
 def test_numbers_of_trl(name, tmp_path, monkeypatch):
     "Two epochs in float32 without LoRA: prompts, samples, rewards, losses, norms, weights."
     monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # as the pins were recorded
     ours, trl = made.record(lib, name, str(TINY)), REFERENCE["runs"][name]
+    pins.check(f"trl/{name}", ours)
     assert ours["prompts"] == trl["prompts"]
     assert ("x0" in trl) == name.startswith("ddpo")
     if "x0" in trl:
@@ -341,17 +342,9 @@ def test_a_script_with_its_import_line_changed(name, tmp_path, monkeypatch, caps
     script = script_of(name, tmp_path)
     model = ["--pretrained_model", str(TINY), "--hf_hub_aesthetic_model_id", f"{tmp_path}/scorer"]
     words = [*model, "--mixed_precision", "no", "--sample_num_steps", "3", *options]
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, str(script), "--num_epochs", "2", *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONPATH=root),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    (said,) = processes.run(script, "--num_epochs", "2", *words)
     before, names = saved(tmp_path)
-    assert hooks(done.stdout) == first and names == ["checkpoint_0"]
+    assert hooks(said) == first and names == ["checkpoint_0"]
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     resume = ["--num_epochs", "3", "--resume_from", "./save/checkpoints"]
@@ -959,27 +952,9 @@ assert {{"random_states_0.pkl", "random_states_1.pkl"}} <= set(files)
 """
 
 
-def launch(script, kind, rank, port):
-    "Start one of two processes."
-    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    place = dict(RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
-    return subprocess.Popen(
-        [sys.executable, str(script), kind],
-        env=os.environ | group | place | dict(OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("kind", ["DDPO", "AlignProp"])
 def test_two_processes_stay_one_model(kind, tmp_path):
     "Each draws pictures of its own, and gradients are averaged: TRL's processes drift apart."
     script = tmp_path / "two.py"
     script.write_text(TWO.format(here=str(Path(__file__).parent), folder=str(tmp_path / "run")))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    processes = [launch(script, kind, rank, port) for rank in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(p.returncode == 0 for p in processes), outputs[0][-2000:] + outputs[1][-2000:]
+    processes.run(script, kind, world=2, ACCELERATE_USE_CPU="true")

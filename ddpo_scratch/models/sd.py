@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import Conditioning, Denoiser, Schedule, widen
-from .base import find_model, pipeline_class, split_revision
+from .base import find_model, pipeline_class, quiet_bars, split_revision
 from ddpo_scratch.models.lora import (
     LORA_TARGETS,
     adapters,
@@ -122,7 +122,8 @@ def load_pipeline(
     if kind not in _PIPELINES:
         raise ValueError(f"{name!r} is a {kind}: expected one of {', '.join(_PIPELINES)}")
     read = _from_file if Path(source).is_file() else _from_folder
-    pipe = read(getattr(diffusers, kind), source, _PIPELINES[kind])
+    with quiet_bars():
+        pipe = read(getattr(diffusers, kind), source, _PIPELINES[kind])
     pipe.register_to_config(_name_or_path=str(source))  # with its revision; files have none
     pipe.set_progress_bar_config(disable=True)
     for part in (*_text_encoders(pipe), pipe.unet):
@@ -530,7 +531,8 @@ class StableDiffusion(Denoiser):
         if adapters(self.pipe.unet):
             return save_lora(self, folder)
         pipe = self.pipe if weights is None else _with_weights(self.pipe, weights)
-        pipe.save_pretrained(Path(folder) / "pipeline")
+        with quiet_bars():
+            pipe.save_pretrained(Path(folder) / "pipeline")
         return Path(folder) / "pipeline"
 
 # %% ../../nbs/library/22_sd.ipynb #7973967f

@@ -65,12 +65,13 @@ class Reward:
     def __repr__(self):
         return f"<reward {self.name}{', differentiable' if self.differentiable else ''}>"
 
-# %% ../../nbs/library/26_rewards.ipynb #9d96c7ae
+# %% ../../nbs/library/26_rewards.ipynb #25b61b4d
 REWARDS = Registry(
     "get_reward",
     "reward",
     "ddpo_scratch.rewards",
     also="FILE.py:NAME or package.module:attribute, and weighted sums of them",
+    decorator="reward",
 )
 
 

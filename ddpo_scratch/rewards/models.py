@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.base import quiet_bars
 from .base import Reward, reward
 
 # %% ../../nbs/library/28_reward_models.ipynb #9918c887
@@ -163,7 +164,8 @@ def _from_hub(repository, advice):
     "Say in one line that files cannot be had, and what to do."
     try:
         _ask_hub(repository)
-        yield
+        with quiet_bars():
+            yield
     except OSError as e:
         raise ConnectionError(
             f"{repository} cannot be loaded ({_reason(e)}): without a network, {advice}"
