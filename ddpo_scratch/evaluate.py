@@ -221,7 +221,7 @@ def summarize(
         summary["accuracy"] = right / len(names)
     return summary
 
-# %% ../nbs/library/36_evaluate.ipynb #89ad6c6b
+# %% ../nbs/library/36_evaluate.ipynb #49f92f55
 def reward_curve(
     rows,  # dicts with reward_queries, reward_mean and reward_std, as `read_metrics` returns them
     label="reward",  # of the vertical axis

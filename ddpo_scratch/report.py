@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_report', 'check_hub', 'push_report']
 
-# %% ../nbs/library/44_report.ipynb #59294b17
+# %% ../nbs/library/44_report.ipynb #9d4863f2
 import json
 import pickle
 import re
@@ -315,7 +315,7 @@ def _page(facts, looks, card_text):
     ]
     return html_page(facts.title, paragraph(summary(facts)), sections)
 
-# %% ../nbs/library/44_report.ipynb #f9154c33
+# %% ../nbs/library/44_report.ipynb #abbc2831
 def _draw(facts, looks):
     "Yield each picture of a report: its name, and a function that writes it to a path."
     config, unit = facts.config, facts.report["unit"]

@@ -326,7 +326,7 @@ def nothing_lost(
         _write_kept(state, kept)
         raise
 
-# %% ../nbs/library/35_runfolder.ipynb #69d051a9
+# %% ../nbs/library/35_runfolder.ipynb #6aeaecca
 def _again(state, epochs=""):
     "Write how a run is resumed: a command, or a call where parts of it came from Python."
     config, folder = state.config, state.folder
@@ -380,7 +380,7 @@ def _where(state):
         lines.append(f"{unsaved} {span} finished, but not saved: trained again by it")
     return "\n".join([*lines, _how_to_use(state, last)])
 
-# %% ../nbs/library/35_runfolder.ipynb #531ed06d
+# %% ../nbs/library/35_runfolder.ipynb #7aba408d
 @contextlib.contextmanager
 def says_where(
     state,  # TrainState

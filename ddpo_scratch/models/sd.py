@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'load_pipeline', 'StableDiffusion', 'StableDiffusionXL', 'denoiser_for']
 
-# %% ../../nbs/library/22_sd.ipynb #7aeb0502
+# %% ../../nbs/library/22_sd.ipynb #5fa25bdc
 import copy
 import json
 import math
@@ -106,7 +106,7 @@ def _from_file(cls, source, options):
             f'python -c "from diffusers import {cls.__name__} as P; {command}"'
         ) from error
 
-# %% ../../nbs/library/22_sd.ipynb #1db4df3d
+# %% ../../nbs/library/22_sd.ipynb #92c65038
 def load_pipeline(
     name="tiny",  # "tiny", a folder in diffusers' format, a file, or an id on the hub
     dtype=torch.float32,  # of the weights; what is trained wants float32; float64 checks gradients
@@ -215,7 +215,7 @@ def _with_weights(pipe, weights):
     whole.unet.load_state_dict(weights)
     return whole
 
-# %% ../../nbs/library/22_sd.ipynb #bc6f2765
+# %% ../../nbs/library/22_sd.ipynb #eb384916
 class StableDiffusion(Denoiser):
     """Drive Stable Diffusion 1.x or 2.x by the protocol.
 

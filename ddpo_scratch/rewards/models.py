@@ -6,7 +6,7 @@
 __all__ = ['Frozen', 'CLIPReward', 'CLIPScore', 'aesthetic_head', 'AestheticScore', 'PickScore', 'HPSv2', 'LLaVA', 'llava_server',
            'LLaVABERTScore', 'LLaVAQuestions']
 
-# %% ../../nbs/library/28_reward_models.ipynb #82e9559e
+# %% ../../nbs/library/28_reward_models.ipynb #ac0c4747
 import base64
 import contextlib
 import difflib
@@ -139,7 +139,7 @@ _REVISIONS = {
     "llava-hf/llava-1.5-7b-hf": "b234b804b114d9e37bb655e11cbbb5f5e971b7a9",
 }
 
-# %% ../../nbs/library/28_reward_models.ipynb #9f18a3ef
+# %% ../../nbs/library/28_reward_models.ipynb #35cba456
 _PATIENCE = 30  # seconds without a sign of life until a download is given up
 
 
