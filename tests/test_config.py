@@ -33,7 +33,11 @@ from ddpo_scratch.rewards.base import REWARDS
 
 PRESETS = files("ddpo_scratch") / "presets"
 # those of the embedded model follow the literature on a model of their own size
-LITERATURE = [name for name in preset_names() if not name.startswith("tiny")]
+LITERATURE = [
+    name
+    for name in preset_names()
+    if read_preset(name).source != "this book" and not name.startswith("tiny")
+]
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 
 # ---- the check
