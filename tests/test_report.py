@@ -65,7 +65,7 @@ def test_report_has_every_part_and_ignores_evaluations_after_its_last_epoch(tmp_
     assert set(report["files"]) == PICTURES | texts
     assert report == json.loads((folder / "report.json").read_text())
     numbers = {"before", "after", "difference", "gain", "judges"}
-    assert set(report) == numbers | {"epochs", "unit", "findings", "files"}
+    assert set(report) == numbers | {"epochs", "unit", "findings", "fallen", "files"}
     assert report["epochs"] == 3 and report["gain"] == pytest.approx(1)
     assert report["before"]["reward_mean"] == pytest.approx(-3)
     look = torch.load(folder / "eval/epoch_0003.pt", weights_only=True)
