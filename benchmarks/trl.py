@@ -229,7 +229,7 @@ def epochs_of_trl(lib, job):
 
 def train_config(job):
     "Return the TrainConfig of a job."
-    from ddpo_scratch.train import TrainConfig
+    from ddpo_scratch.config import TrainConfig
 
     fields = dict(job["fields"])
     if job["method"] == "align":

@@ -164,7 +164,7 @@ def finish(state):
 
 
 def config_of(name, folder, **more):
-    from ddpo_scratch.train import TrainConfig
+    from ddpo_scratch.config import TrainConfig
 
     return TrainConfig(
         **BASE | RUNS[name] | dict(logdir=str(folder), run_name=name.replace("/", "-")) | more

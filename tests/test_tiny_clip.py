@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ddpo_scratch.config import TrainConfig
 from ddpo_scratch.models.tiny import CONCEPTS, caption, load_classifier, load_sprites
 from ddpo_scratch.rewards.base import RewardError, compute_rewards, get_reward
 from ddpo_scratch.rewards.models import CLIPReward
@@ -18,7 +19,7 @@ from ddpo_scratch.rewards.tiny_clip import (
     draw_batch,
     tiny_clip_score,
 )
-from ddpo_scratch.train import TrainConfig, train
+from ddpo_scratch.train import train
 
 REWARDS = ["tiny_clip_score", "tiny_preference", "tiny_aesthetic", "tiny_animal"]
 NAMES = [caption((i, 0, 0, 0), (1.0, 1.0)) for i in range(len(CONCEPTS))]  # "a cat", "a dog", ...
