@@ -19,7 +19,7 @@ def test_public_names_are_those_of_their_modules():
 
 
 def test_package_says_what_it_is_and_an_unknown_name_is_an_attribute_error():
-    assert "fit(TrainConfig(" in ddpo_scratch.__doc__
+    assert "fit(preset(" in ddpo_scratch.__doc__
     with pytest.raises(AttributeError, match="'ddpo_scratch' has no attribute 'fitt'"):
         ddpo_scratch.__getattr__("fitt")
 
