@@ -245,7 +245,7 @@ def _asked_for(config, given, origin):
             "give --push_to_hub yourself, or say --trust; --push_to_hub false keeps it here"
         )
 
-# %% ../nbs/library/47_cli.ipynb #0258ebe1
+# %% ../nbs/library/47_cli.ipynb #4b624cb9
 def _check_names(rewards, prompts):
     "Refuse names of rewards and of prompt sources that no source of this package registers."
     # who has imported the rewards may have registered some by hand, and their own room answers
@@ -263,10 +263,8 @@ def _check_names(rewards, prompts):
 
 
 def _judges(config):
-    "Split eval_judges at the commas that stand outside of brackets and quotes."
-    text = "" if config.eval_judges == "auto" else config.eval_judges
-    parts = re.split(r",(?![^(\[{]*[)\]}])", text)
-    return [part.strip() for part in parts if part.strip()]
+    "List the judges that are named, rather than the model's own."
+    return [] if config.eval_judges == "auto" else config.judges
 
 
 def _own_names(text):

@@ -123,7 +123,7 @@ def _kept(value, default):
         return float(value)  # so that 1 and 1.0 are the same text in a file
     return value
 
-# %% ../nbs/library/29_config.ipynb #0da11882
+# %% ../nbs/library/29_config.ipynb #2d047fcc
 @dataclass(frozen=True, repr=False)
 class TrainConfig:
     "Say what a run does; by default the embedded model learns to compress well, on two CPU cores."
@@ -288,8 +288,9 @@ class TrainConfig:
 
     @property
     def judges(self) -> list:  # of str; ["auto"] stands for the model's own
-        "List the names in eval_judges."
-        return _listed(self.eval_judges)
+        "List the names in eval_judges; commas in brackets and quotes do not part them."
+        parts = re.split(r",(?![^(\[{]*[)\]}])", self.eval_judges)
+        return [name for part in parts if (name := part.strip())]
 
     @property
     def goal(self) -> float:  # 0 has no goal

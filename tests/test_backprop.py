@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 import torch
+from differences import slope_along
 from samples import generators, schedule, with_lora
 from torch.testing import assert_close
 
@@ -153,21 +154,6 @@ def test_only_the_lora_gets_a_gradient(sd):
 def exact():
     "Return the embedded model with a LoRA, all in float64, and its parameters."
     return with_lora(torch.float64)
-
-
-def slope_along(direction, value, params, h=1e-5):
-    "Take the central difference of value() along a direction, a flat vector."
-    moves = direction.split([p.numel() for p in params])
-    before = [p.detach().clone() for p in params]
-    values = []
-    with torch.no_grad():
-        for far in (h, -h):
-            for p, old, move in zip(params, before, moves):
-                p.copy_(old + far * move.view_as(p))
-            values.append(value().item())
-        for p, old in zip(params, before):
-            p.copy_(old)
-    return (values[0] - values[1]) / (2 * h)
 
 
 def check_gradient(differentiated, value, params):

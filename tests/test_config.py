@@ -765,3 +765,9 @@ def test_unknown_presets_are_named(tmp_path):
     (tmp_path / "own.yaml").write_text("inherits: tinny\nconfig: {}\n")
     with pytest.raises(ValueError, match="unknown preset 'tinny'"):
         preset(tmp_path / "own.yaml")
+
+
+def test_commas_in_brackets_do_not_part_judges():
+    config = TrainConfig(eval_judges="tiny_animal, my.module:judge(1, 2),brightness,")
+    assert config.judges == ["tiny_animal", "my.module:judge(1, 2)", "brightness"]
+    assert TrainConfig().judges == ["auto"] and TrainConfig(eval_judges="").judges == []

@@ -8,6 +8,7 @@ import dataclasses
 
 import pytest
 import torch
+from differences import slope_along
 from runs import leave_in, numbers, small, trained
 from samples import generators, randn, schedule, with_lora
 from torch.testing import assert_close
@@ -156,20 +157,6 @@ def test_a_detached_step_weighs_as_much_as_direct_align_takes(toy):
         alpha, sigma = toy.path.alpha_sigma(grid, torch.zeros(T + 1, 1, **WIDE))
         k = (sigma / alpha).flatten()
         assert weight / alpha[-1].item() == pytest.approx((k[i + 1] - k[i]).item(), rel=1e-9)
-
-
-def slope_along(direction, value, params, h=1e-5):
-    "Take the central difference of value() along a direction, a flat vector."
-    moves = direction.split([p.numel() for p in params])
-    before, values = [p.detach().clone() for p in params], []
-    with torch.no_grad():
-        for far in (h, -h):
-            for p, old, move in zip(params, before, moves):
-                p.copy_(old + far * move.view_as(p))
-            values.append(value().item())
-        for p, old in zip(params, before):
-            p.copy_(old)
-    return (values[0] - values[1]) / (2 * h)
 
 
 def test_finite_differences_on_the_unet(exact):

@@ -8,13 +8,14 @@ from runs import leave_in, numbers, small, trained
 from torch.testing import assert_close
 
 from ddpo_scratch.config import TrainConfig, check_config
-from ddpo_scratch.diffusion import Conditioning, Denoiser, Path
+from ddpo_scratch.diffusion import Conditioning, Denoiser
+from ddpo_scratch.flow import FlowPath
 from ddpo_scratch.methods.base import Batch, find_method
+from ddpo_scratch.methods.grpo import group_advantages
 from ddpo_scratch.methods.matching import (
     ITM,
     Matching,
     elbo,
-    group_advantages,
     matching_log_prob,
     nft_loss,
 )
@@ -24,33 +25,12 @@ NAMES = ("awm", "epg", "pepg", "par", "nft", "ram", "itm")
 ATOL = dict(atol=1e-6, rtol=1e-6)
 
 
-class Flow(Path):
-    "A rectified flow: x_t = (1 - t) x0 + t eps, of which a network predicts the velocity."
-
-    def alpha_sigma(self, t, like):
-        t = t.to(like).reshape(-1, *[1] * (like.dim() - 1))
-        return 1 - t, t
-
-    def grid(self, n_steps):
-        return torch.linspace(1, 0, n_steps + 1)
-
-    def target(self, x0, eps, t):
-        return eps - x0
-
-    def x0_eps(self, x_t, prediction, t):
-        alpha, sigma = self.alpha_sigma(t, x_t)
-        return x_t - sigma * prediction, x_t + alpha * prediction
-
-    def draw_t(self, n, generator):
-        return torch.rand(n, generator=generator)
-
-
 class Linear(Denoiser):
     "Predict v = W x_t + b; the base model is the one it began with. It counts its passes."
 
     def __init__(self, d=6):
         super().__init__()
-        self.path, self.latent_shape = Flow(), (d,)
+        self.path, self.latent_shape = FlowPath(), (d,)
         self.network = torch.nn.Linear(d, d)
         g = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -262,17 +242,18 @@ def test_advantages_have_mean_zero_in_each_group():
     g = torch.Generator().manual_seed(0)
     groups = [str(int(k)) for k in torch.randint(7, (60,), generator=g)]
     rewards = torch.randn(60, generator=g) + torch.tensor([10.0 * int(k) for k in groups])
-    for std in ("global", "prompt"):
-        advantages = group_advantages(rewards, groups, std)
+    for spread in ("within", "prompt"):
+        advantages = group_advantages(rewards, groups, spread, eps=1e-6)
         for name in set(groups):
             own = advantages[[k for k, other in enumerate(groups) if other == name]]
             assert abs(float(own.mean())) < 1e-5
-            if std == "prompt":
+            if spread == "prompt":
                 assert_close(own.std(correction=0), torch.tensor(1.0), atol=1e-4, rtol=0)
-    assert abs(float(group_advantages(rewards, groups).std(correction=0)) - 1) < 1e-4
+    advantages = group_advantages(rewards, groups, "within", eps=1e-6)
+    assert abs(float(advantages.std(correction=0)) - 1) < 1e-4
     with pytest.raises(ValueError, match="give one group a reward"):
         group_advantages([1.0, 2.0], ["a"])
-    assert group_advantages([3.0], ["a"]).tolist() == [0.0]
+    assert group_advantages([3.0], ["a"], "within").tolist() == [0.0]
 
 
 def test_lone_prompts_are_compared_with_each_other_and_itm_is_centred():

@@ -6,7 +6,7 @@
 __all__ = ['dpo_loss', 'kto_loss', 'd3po_loss', 'best_and_worst', 'thumbs', 'Pair', 'read_pairs', 'encode_pictures', 'Preference',
            'DPO', 'OfflineDPO', 'KTO', 'D3PO']
 
-# %% ../../nbs/book/12_preference.ipynb #dd7a6777
+# %% ../../nbs/book/12_preference.ipynb #4df89f2f
 import dataclasses
 import importlib.util
 import io
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..advantage import as_rewards
 from ..diffusion import Conditioning, widen
-from .base import Method
+from .base import Denoising
 from ..prompts import from_file
 from ..rollout import Rollout, step_log_prob, trainable_steps
 
@@ -231,8 +231,8 @@ def _gauges(counted, margin, **changes):
     columns = dict(preferred=(margin > 0).float(), margin=margin, **changes)
     return {name: (column * counted).sum() / n for name, column in columns.items()}
 
-# %% ../../nbs/book/12_preference.ipynb #0affbc45
-class Preference(Method):
+# %% ../../nbs/book/12_preference.ipynb #aa5e72e8
+class Preference(Denoising):
     "Compare a policy's denoising errors with the base model's: what these methods share."
 
     rows = 1  # pictures that are asked about for one sample
@@ -265,11 +265,6 @@ class Preference(Method):
         return config.sample_num_steps, asked * (2 + config.gradient_checkpointing), asked
 
     @classmethod
-    def states_kept(cls, config) -> int:  # latents of a trajectory
-        "Keep the end alone."
-        return 1
-
-    @classmethod
     def depth(cls, config) -> int:  # network passes
         "Count the pictures of a row: their activations are held together."
         return cls.rows
@@ -278,16 +273,6 @@ class Preference(Method):
         "Keep the base model where no LoRA can be switched off."
         if not self.config.use_lora:
             denoiser.keep_reference()
-
-    def keep(self, rollout) -> Rollout:  # of ends
-        "Drop all but x0."
-        ends = rollout.xs[:, -1:].clone()
-        return Rollout(ends, rollout.timesteps[-1:], rollout.log_probs[:, :0], rollout.c)
-
-    def draws(self, denoiser, n, generator) -> tuple:  # eps (n, *latent), t (n,)
-        "Draw noise and times for n rows."
-        eps = torch.randn(n, *denoiser.latent_shape, generator=generator)
-        return eps, denoiser.path.draw_t(n, generator)
 
     def errors(self, denoiser, batches) -> tuple:  # the policy's and the base model's, k of (n,)
         "Measure the denoising losses of k Batches of n rows with the first one's noise and times."

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['leave_one_out', 'reinforce_loss', 'PolicyGradient', 'DDPOSF']
 
-# %% ../../nbs/book/03_policy_gradient.ipynb #886deced
-import math
+# %% ../../nbs/book/03_policy_gradient.ipynb #9e14d9b7
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -46,7 +45,7 @@ def reinforce_loss(
     losses = -(advantage.detach().to(log_prob.device) * log_prob)
     return losses.mean() if reduction == "mean" else losses
 
-# %% ../../nbs/book/03_policy_gradient.ipynb #62329e61
+# %% ../../nbs/book/03_policy_gradient.ipynb #27f2593c
 class PolicyGradient(Method):
     "Follow the score function: what DDPO-SF and DDPO-IS share."
 
@@ -76,13 +75,7 @@ class PolicyGradient(Method):
     @classmethod
     def findings(cls, late, rows, config) -> Iterator:  # of str
         "Ask whether advantages tell pictures of one prompt apart."
-        spread = late.get("advantage_spread", math.nan)
-        if spread < 0.1:
-            yield (
-                f"advantage_spread is {spread:.2g}, where about 1 is normal: pictures of one "
-                "prompt all score the same. Try: per_prompt_stat_tracking false, or prompts and a "
-                "reward that tell pictures of one prompt apart"
-            )
+        return cls.spread_findings(late)
 
     def weights(self, rewards, prompts) -> Tensor:  # (n,) float32 advantages
         "Standardise per prompt or over the batch, then clip (DDPO, App. D)."

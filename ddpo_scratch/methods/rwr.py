@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['softmax_weights', 'sparse_weights', 'rwr_loss', 'RWR', 'SparseRWR']
 
-# %% ../../nbs/book/07_rwr.ipynb #54fff73e
+# %% ../../nbs/book/07_rwr.ipynb #925e33ea
 import math
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..advantage import as_rewards
-from .base import Method
+from .base import Denoising
 
 # %% ../../nbs/book/07_rwr.ipynb #ebf85c49
 def softmax_weights(
@@ -68,8 +68,8 @@ def rwr_loss(
     losses = weights.to(losses) * losses
     return losses.mean() if reduction == "mean" else losses
 
-# %% ../../nbs/book/07_rwr.ipynb #88d5ab9c
-class RWR(Method):
+# %% ../../nbs/book/07_rwr.ipynb #9aeb2ff6
+class RWR(Denoising):
     "Imitate all samples, the better ones more: softmax weights (Black et al. 2023, sec. 4.2)."
 
     name = "rwr"
@@ -77,7 +77,7 @@ class RWR(Method):
     @classmethod
     def states_kept(cls, config) -> int:  # latents of a trajectory
         "Keep the end alone, or all states where the KL penalty visits them."
-        return super().states_kept(config) if config.kl_weight else 1
+        return config.sample_num_steps + 1 if config.kl_weight else super().states_kept(config)
 
     @classmethod
     def findings(cls, late, rows, config) -> Iterator:  # of str
@@ -100,19 +100,11 @@ class RWR(Method):
 
     def keep(self, rollout) -> object:  # Rollout
         "Drop all but x0, unless a KL penalty asks for the states."
-        if self.config.kl_weight:
-            return rollout
-        ends = rollout.xs[:, -1:].clone()
-        return type(rollout)(ends, rollout.timesteps[-1:], rollout.log_probs[:, :0], rollout.c)
+        return rollout if self.config.kl_weight else super().keep(rollout)
 
     def weights(self, rewards, prompts) -> Tensor:  # (n,) float32 of mean 1
         "Weigh the samples by a softmax of their rewards."
         return softmax_weights(rewards, self.config.rwr_beta)
-
-    def draws(self, denoiser, n, generator) -> tuple:  # eps (n, *latent), t (n,)
-        "Draw noise and times for n denoising losses."
-        eps = torch.randn(n, *denoiser.latent_shape, generator=generator)
-        return eps, denoiser.path.draw_t(n, generator)
 
     def loss(self, denoiser, batch) -> tuple:  # losses (n,), no gauges
         "Compute the weighted denoising losses of a Batch."
