@@ -21,7 +21,7 @@ import torch
 
 from .config import config_hash, read_config, write_config
 
-# %% ../nbs/library/32_checkpoint.ipynb #41f17f23
+# %% ../nbs/library/32_checkpoint.ipynb #569590a6
 COUNTERS = ("epoch", "global_step", "reward_queries", "eval_start", "eval_gain", "judge_start")
 
 
@@ -44,7 +44,7 @@ def snapshot(
         files["optimizer.pt"] = _pickled(state.optimizer.state_dict())
     if state.average is not None:
         files["average.pt"] = _pickled(state.average.state_dict())
-    if kept := state.method.tensors():
+    if kept := state.method.memory():
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
         files["method.safetensors"] = save(own)
     numbers = {name: getattr(state, name) for name in COUNTERS}
@@ -494,10 +494,10 @@ def _load_average(state, folder):
     state.average.load_state_dict(average)
     state.average.to(state.engine.device)
 
-# %% ../nbs/library/32_checkpoint.ipynb #fc6d4772
+# %% ../nbs/library/32_checkpoint.ipynb #de394c34
 def _load_memory(state, folder, saved):
     "Give method and scaler back what they remembered."
-    if kept := state.method.tensors():
+    if kept := state.method.memory():
         path = folder / "method.safetensors"
         own = _opened(path, _read_tensors)
         _compare(path, own, kept)

@@ -6,7 +6,7 @@
 __all__ = ['GROUPS', 'Asked', 'Layers', 'parse_train', 'ddpo_train', 'SampleOptions', 'ddpo_sample', 'EvalOptions', 'ddpo_eval',
            'main']
 
-# %% ../nbs/library/47_cli.ipynb #58c4f0d1
+# %% ../nbs/library/47_cli.ipynb #97c98ae8
 import dataclasses
 import functools
 import itertools
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from ddpo_scratch.config import (
     MAIN_JOB,
@@ -37,6 +37,7 @@ from ddpo_scratch.drawing import (
     DrawOptions,
     denoiser_of,
     draw,
+    draw_best,
     quiet_libraries,
     resolved,
     run_of,
@@ -549,7 +550,7 @@ def ddpo_train(
         _tell(line)
     return 0
 
-# %% ../nbs/library/47_cli.ipynb #5b5c12cc
+# %% ../nbs/library/47_cli.ipynb #6b8afcc5
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(DrawOptions):
     "What ddpo_sample draws, and where it puts it."
@@ -563,6 +564,14 @@ class SampleOptions(DrawOptions):
     # how small pictures are enlarged: smoothly, or each pixel as a block
     resample: Literal["lanczos", "nearest"] = "lanczos"
     grid: bool = False  # also one sheet with all pictures under their prompts
+    # candidates for each picture, of which --reward_fn keeps the best; 1 chooses nothing
+    best_of: PositiveInt = 1
+    # the reward that chooses: a name of --list rewards, a sum, FILE.py:NAME
+    reward_fn: Annotated[str, Mark(metavar="REWARD", default="none")] = ""
+    # candidates are drawn independently, or resampled on the way by their predictions' reward
+    steer: Literal["best", "fk"] = "best"
+    # of --steer fk: one unit more of the reward counts e^STRENGTH times as much
+    strength: Annotated[FiniteFloat, Field(gt=0)] = 10.0
 
 
 _SHARED_GROUPS = {
@@ -578,14 +587,46 @@ def _sample_parser():
         "ddpo_sample",
         "Draw pictures, with or without LoRAs, as PNG files that say how they were drawn.",
         [SampleOptions, Asked],
-        {"what to draw": "prompts n out scale resample grid".split(), **_SHARED_GROUPS},
+        {
+            "what to draw": "prompts n out scale resample grid".split(),
+            "choosing by a reward": "best_of reward_fn steer strength".split(),
+            **_SHARED_GROUPS,
+        },
         (),
         [
             'ddpo_sample "a fox"                                      # the embedded model',
             'ddpo_sample "a fox" "a cow" --lora RUN --n 4 --grid      # with what a run learnt',
             'ddpo_sample "a fox" --lora A --lora B --lora_weight 0.5 0.5    # a mixture',
+            'ddpo_sample "a fox" --best_of 8 --reward_fn brightness   # chosen, nothing trained',
         ],
     )
+
+
+def _loaded_reward(text):
+    "Find a reward, and load the networks that it will need."
+    from ddpo_scratch.rewards.base import get_reward
+
+    reward = get_reward(text)
+    if load := getattr(reward, "load", None):
+        load()
+    return reward
+
+
+def _choosing(options):
+    "Load the reward that chooses among pictures; None where nothing is to be chosen."
+    if options.best_of == 1 and not options.reward_fn and options.steer == "best":
+        return None
+    if options.best_of == 1:
+        raise ValueError(
+            "--reward_fn and --steer choose among several pictures: give --best_of, such as 8"
+        )
+    if not options.reward_fn:
+        raise ValueError(
+            f"--best_of {options.best_of} keeps what a reward likes most: give --reward_fn, such "
+            "as jpeg_compressibility (--list rewards)"
+        )
+    _check_names([options.reward_fn], [])
+    return _loaded_reward(options.reward_fn)
 
 
 def _warn_of_unknown_words(denoiser, prompts):
@@ -596,6 +637,20 @@ def _warn_of_unknown_words(denoiser, prompts):
         known = f"it draws {len(CONCEPTS)} things, animals above all"
         words = ", ".join(map(repr, words))
         print(f"note: the embedded model does not know {words}: {known} (--list prompts)")
+
+
+def _drawn(denoiser, prompts, reward, options):
+    "Draw the pictures; also their rewards and what is said of each, where a reward chose them."
+    from ddpo_scratch.evaluate import amount
+
+    if reward is None:
+        return draw(denoiser, prompts, options), None, [()] * len(prompts)
+    found, unit = draw_best(denoiser, prompts, reward, options), getattr(reward, "unit", "")
+    notes = []
+    for best, scores in zip(found.rewards.tolist(), found.scores):
+        others = amount(scores.mean().item(), unit)
+        notes.append((amount(best, unit), f"(best of {len(scores)}, whose mean is {others})"))
+    return found.images, found.rewards, notes
 
 
 @_command
@@ -610,18 +665,19 @@ def ddpo_sample(
     options = SampleOptions(**given)
     if not any(prompt.strip() for prompt in options.prompts):
         raise ValueError('no prompt: give one or more, each in quotes, such as "a fox"')
-    options = resolved(options)
+    options, reward = resolved(options), _choosing(options)
     _make_ready()
     denoiser = denoiser_of(options)
     _warn_of_unknown_words(denoiser, options.prompts)
     prompts = [prompt for prompt in options.prompts for _ in range(options.n)]
-    images = draw(denoiser, prompts, options)
-    for path in write_pictures(images, prompts, options):
-        print(path)
+    images, rewards, notes = _drawn(denoiser, prompts, reward, options)
+    for path, note in zip(write_pictures(images, prompts, options, rewards), notes, strict=True):
+        print(path, *note)
     if options.grid:
+        titles = ["\n".join([prompt, *note[:1]]) for prompt, note in zip(prompts, notes)]
         # a row for each prompt, where there are several pictures of it
         n_cols = options.n if 1 < options.n <= 12 else 8
-        print(write_sheet(images, prompts, options, n_cols))
+        print(write_sheet(images, titles, options, n_cols))
     return 0
 
 # %% ../nbs/library/47_cli.ipynb #4d3d4d69
@@ -661,7 +717,7 @@ def _eval_parser():
         ],
     )
 
-# %% ../nbs/library/47_cli.ipynb #2d2df729
+# %% ../nbs/library/47_cli.ipynb #e1a837aa
 def _once(names, option):
     "Leave each name once, and say where one came again."
     unique = list(dict.fromkeys(names))
@@ -684,16 +740,6 @@ def _of_evaluation(options):
         out=options.out or (str(folder) if run else "."),
     )
     return resolved(dataclasses.replace(options, **places))
-
-
-def _loaded_reward(text):
-    "Find a reward, and load the networks that it will need."
-    from ddpo_scratch.rewards.base import get_reward
-
-    reward = get_reward(text)
-    if load := getattr(reward, "load", None):
-        load()
-    return reward
 
 # %% ../nbs/library/47_cli.ipynb #1f4609c1
 def _shuffled_prompts(name, n):

@@ -79,7 +79,7 @@ def _as_ddim(config):
         warnings.warn(message, stacklevel=2)
     return DDIMScheduler.from_config(config)
 
-# %% ../nbs/book/01_diffusion.ipynb #bb681079
+# %% ../nbs/book/01_diffusion.ipynb #ce636a0f
 class Path:
     "State what x_t is made of: x_t = alpha_t x0 + sigma_t eps, and what the network says of it."
 
@@ -103,6 +103,10 @@ class Path:
         "Draw times as training does."
         raise NotImplementedError
 
+    def ddim(self, x_t, prediction, t, t_next, eta) -> tuple:  # mean (b, ...), std (b, 1, ...)
+        "State DDIM's step on this path as a Gaussian."
+        raise NotImplementedError
+
     def network_time(self, t) -> Tensor:  # the same shape
         "Say t as the network wants to hear it."
         return t
@@ -112,7 +116,7 @@ class Path:
         alpha, sigma = self.alpha_sigma(t, x0)
         return alpha * x0 + sigma * eps
 
-# %% ../nbs/book/01_diffusion.ipynb #e3ae787b
+# %% ../nbs/book/01_diffusion.ipynb #1ead4699
 @dataclass(frozen=True, eq=False)
 class Schedule(Path):
     "Hold a variance-preserving path: abar at each timestep, what the network predicts, the grid."
@@ -203,6 +207,10 @@ class Schedule(Path):
         "Draw timesteps as training does (DDPM, arXiv 2006.11239, alg. 1)."
         return torch.randint(len(self.abar), (n,), generator=generator)
 
+    def ddim(self, x_t, prediction, t, t_next, eta) -> tuple:  # both float32 or wider
+        "State DDIM's step as a Gaussian: `ddim_mean_std`."
+        return ddim_mean_std(x_t, prediction, t, t_next, self, eta)
+
 # %% ../nbs/book/01_diffusion.ipynb #8709ae65
 def add_noise(
     x0,  # (b, ...) clean latents
@@ -277,7 +285,7 @@ def ddim_mean_std(
     mean = abar_next.sqrt() * x0 + (1 - abar_next - std**2).clamp(min=0).sqrt() * eps  # eq. 12
     return mean, std
 
-# %% ../nbs/book/01_diffusion.ipynb #a397038f
+# %% ../nbs/book/01_diffusion.ipynb #8891e53b
 @dataclass(frozen=True)
 class DDIM:
     "Draw the next latent as DDIM does (arXiv 2010.02502, eq. 12 and 16)."
@@ -286,18 +294,18 @@ class DDIM:
 
     def mean_std(
         self,
-        path,  # Schedule
+        path,  # any Path
         x_t,  # (b, ...) noisy latents
         prediction,  # (b, ...) the network's; gradients flow through it
-        t,  # int or (b,) long, where x_t is
-        t_next,  # int or (b,) long, where the step lands
+        t,  # () or (b,) where x_t is
+        t_next,  # () or (b,) where the step lands
     ) -> tuple:  # mean (b, ...) and std (b, 1, ...), both float32 or wider
-        "State the step as a Gaussian: `ddim_mean_std`."
-        return ddim_mean_std(x_t, prediction, t, t_next, path, self.eta)
+        "State the step as a Gaussian, as the path has it."
+        return path.ddim(x_t, prediction, t, t_next, self.eta)
 
     def stds(
         self,
-        path,  # Schedule
+        path,  # any Path
         n_steps,  # int
     ) -> Tensor:  # (n_steps,) standard deviation of each step
         "List the noise of every step: it depends on the grid alone."

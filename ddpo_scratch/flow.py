@@ -23,7 +23,7 @@ def shifted(
     "Move times towards the noise (Esser et al. 2024, arXiv 2403.03206, eq. 23)."
     return shift * t / (1 + (shift - 1) * t)
 
-# %% ../nbs/book/09_flow.ipynb #82e2d998
+# %% ../nbs/book/09_flow.ipynb #1ae35913
 @dataclass(frozen=True, eq=False)
 class FlowPath(Path):
     "Hold a straight path between picture and noise, and the grid on which it is sampled."
@@ -61,6 +61,10 @@ class FlowPath(Path):
     def draw_t(self, n, generator) -> Tensor:  # (n,) in (0, 1)
         "Draw times evenly, then shift them."
         return shifted(torch.rand(n, generator=generator), self.shift)
+
+    def ddim(self, x_t, prediction, t, t_next, eta) -> tuple:  # both float32 or wider
+        "State DDIM's step as a Gaussian: `FlowDDIM`, below."
+        return FlowDDIM(eta).mean_std(self, x_t, prediction, t, t_next)
 
     def network_time(self, t) -> Tensor:  # in [0, 1000]
         "Say t as diffusers' flow models want to hear it."

@@ -429,20 +429,20 @@ def registered(
         name for tree in trees for node in tree.body for name in _decorated(node, decorator)
     )
 
-# %% ../nbs/library/24_named.ipynb #bf3a0831
+# %% ../nbs/library/24_named.ipynb #428bd30c
 def check_known(
     name,  # as a text has it
     known,  # names
     who,  # the function that looks things up, which begins the error's sentence
     kind,  # what they are, such as "reward"
-    also="package.module:attribute, FILE.py:attribute",  # what else can be written
+    also="package.module:attribute, FILE.py:attribute",  # what else can be written, if anything
 ) -> None:
     "Raise a ValueError where a name is not known, which proposes those that are close."
     if name in known:
         return
     close = [n for n in known if name and name in n] or difflib.get_close_matches(name, known)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    listed = ", ".join([*known, also])
+    listed = ", ".join([*known, also] if also else known)
     raise ValueError(f"{who}: no {kind} called {name!r}; {hint}known: {listed}")
 
 # %% ../nbs/library/24_named.ipynb #f8b1fcd8

@@ -16,10 +16,12 @@ import torch
 from .config import TrainConfig, check_config, preset_names, read_preset
 from .models.base import sizes
 
-# %% ../nbs/library/30_plan.ipynb #30b17b8b
-def _rows(guidance_scale):
+# %% ../nbs/library/30_plan.ipynb #941c0875
+def _rows(guidance_scale, size):
     "Count the network's rows for one sample: guidance asks with the prompt and without."
-    return 1 if guidance_scale == 1 else 2
+    # of FLUX.1 and of distilled models guidance is an input, or nothing
+    asks_once = size is not None and size.get("halves", 2) == 1
+    return 1 if guidance_scale == 1 or asks_once else 2
 
 
 def _looks(config):
@@ -39,11 +41,12 @@ def plan(
     c = check_config(config)
     method = c.method_class
     n = c.samples_per_epoch * world
-    rows = n * _rows(c.sample_guidance_scale)
+    size = sizes(c.model)
+    rows = n * _rows(c.sample_guidance_scale, size)
     sampling, training, differentiated = method.passes(c)
-    steps = differentiated if method.differentiable else c.steps_per_sample
+    steps = differentiated if method.differentiable else method.transitions(c)
     queries = n * method.copies(c)
-    look = c.eval_num_images * c.look_steps * _rows(c.eval_guidance_scale)
+    look = c.eval_num_images * c.look_steps * _rows(c.eval_guidance_scale, size)
     # backward costs about twice what forward does
     epoch = round((sampling + training + 2 * differentiated) * rows)
     return dict(
@@ -91,16 +94,16 @@ def _latents(config, size):
     height, width = _pixels(config, size)
     return size["channels"] * (height // size["factor"]) * (width // size["factor"])
 
-# %% ../nbs/library/30_plan.ipynb #d101c663
+# %% ../nbs/library/30_plan.ipynb #da924f70
 def _activations(config, size):
     "Estimate the bytes that one backward pass holds, roughly."
     method = config.method_class
     number = 2 if config.mixed_precision != "no" else 4
     rows = config.train_batch_size
     if not method.differentiable:
-        transitions = config.samples_per_update * config.steps_per_sample
+        transitions = config.samples_per_update * method.transitions(config)
         rows = min(config.train_micro_batch_size, transitions)
-    rows *= _rows(config.sample_guidance_scale)
+    rows *= _rows(config.sample_guidance_scale, size)
     # about an eighth is kept: the inputs of the blocks, and the inside of the largest
     share = 8 if config.gradient_checkpointing else 1
     height, width = _pixels(config, size)
@@ -115,7 +118,7 @@ def _activations(config, size):
     decoder = 1900 * 3 * height * width * _vae_bytes(config, size) * share
     return network + config.train_batch_size * decoder
 
-# %% ../nbs/library/30_plan.ipynb #91aac383
+# %% ../nbs/library/30_plan.ipynb #be21b469
 def memory(
     config,  # a TrainConfig, of one process
 ) -> dict | None:  # part -> bytes; None where the model's sizes are not known
@@ -129,7 +132,8 @@ def memory(
     # a sample's prompt is embedded with and without its words; where nothing waits, it is not kept
     embedding = 2 * size["tokens"] * size["width"] * _weight_bytes(config) if states else 0
     frozen = (size["network"] + size["text"]) * _weight_bytes(config)
-    base = size["network"] * 4 if config.kl_weight and not config.use_lora else 0
+    asked = config.kl_weight or config.method_class.asks_base
+    base = size["network"] * 4 if asked and not config.use_lora else 0
     return {
         "weights": frozen + size["vae"] * _vae_bytes(config, size),
         "LoRA": trained * 4 if config.use_lora else 0,
@@ -137,7 +141,7 @@ def memory(
         # two moments of 4 bytes, or of 1 byte
         "AdamW": trained * (2 if config.train_use_8bit_adam else 8),
         "average (EMA)": trained * 4 if config.ema_decay else 0,
-        "base model for KL": base,
+        "base model": base,
         "trajectories": config.samples_per_epoch * states * _latents(config, size) * number,
         "prompts' embeddings": config.samples_per_epoch * embedding,
         "activations": _activations(config, size),
@@ -227,6 +231,22 @@ def _fit_line(config, device):
     if needs > 0.8 * room:
         return f"just fits: {have}; {_remedy(config, 0.8 * room, on_cpu)}"
     return f"fits: {have}"
+
+# %% ../nbs/library/30_plan.ipynb #cadf3bb0
+# name -> bytes that a program finds: of NVIDIA's T4; L4 or RTX 4090; A100; H100; H200
+_CARDS = {"16 GB": 15e9, "24 GB": 24e9, "40 GB": 42e9, "80 GB": 84e9, "141 GB": 150e9}
+
+
+def _cards_line(config):
+    "Say on which cards a run fits; None where it fits on all."
+    needs = _on_device(config)
+    fits = [name for name, room in _CARDS.items() if needs <= 0.8 * room]
+    if len(fits) == len(_CARDS):
+        return None
+    smaller = list(_CARDS)[-len(fits) - 1]
+    remedy = _remedy(config, 0.8 * _CARDS[smaller])
+    on_smaller = f"on {smaller}: {remedy}"
+    return f"fits on {fits[0]} as it is; {on_smaller}" if fits else f"fits on none; {on_smaller}"
 
 # %% ../nbs/library/30_plan.ipynb #b37d475e
 def _is_cached(model):
@@ -333,7 +353,7 @@ def _pass_lines(c, counts):
     if c.goal:
         yield "stops early", f"once their mean reward has risen by {c.goal:.0%}"
 
-# %% ../nbs/library/30_plan.ipynb #acb63bad
+# %% ../nbs/library/30_plan.ipynb #482947bc
 def _memory_lines(config, device, world):
     "Yield the lines about memory, the download and the time."
     parts = memory(config)
@@ -352,6 +372,8 @@ def _memory_lines(config, device, world):
         if number:
             yield f"  {part}", f"{_amount(number)}{notes.get(part, '')}"
     yield "", _fit_line(config, device)
+    if cards := _cards_line(config):
+        yield "cards", cards
     if fetched := _download_line(config):
         yield "download", fetched
     yield "time", _time_line(config, world)

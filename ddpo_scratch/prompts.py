@@ -258,13 +258,13 @@ def from_list(
     source.metadata = [metadata for _, metadata in pairs]
     return source
 
-# %% ../nbs/library/25_prompts.ipynb #86e73500
+# %% ../nbs/library/25_prompts.ipynb #a4679148
 def _lines(path):
     "Read the lines of a file in UTF-8."
     if not path.is_file():
         raise ValueError(
             f"from_file: no file {str(path)!r}: needs a .txt file with one prompt a line, "
-            "a .jsonl or a .csv file"
+            "a .jsonl, a .csv or a .tsv file"
         )
     try:
         # bytes: reading as text would end a line at a lone carriage return, too
@@ -275,30 +275,32 @@ def _lines(path):
         ) from None
 
 
-def _of_text(lines, where):
+def _of_text(lines, where, column="prompt"):
     "Read prompts from the lines of a text file."
+    if column != "prompt":
+        raise ValueError(f"{where} has no column {column!r}: a text file is one prompt a line")
     prompts = [line.strip() for line in lines]
     prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
     if prompts and prompts[0].startswith("{") and prompts[0].endswith("}"):
         raise ValueError(f"{where} holds JSON: give the file's name the ending .jsonl")
     return prompts
 
-# %% ../nbs/library/25_prompts.ipynb #25e47326
-def _of_record(record, where):
+# %% ../nbs/library/25_prompts.ipynb #9363c788
+def _of_record(record, where, column="prompt"):
     "Return the prompt of a record with its other fields as metadata; a field metadata is opened."
     if isinstance(record, str):
         return record
-    prompt = record.get("prompt") if isinstance(record, dict) else None
+    prompt = record.get(column) if isinstance(record, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         has = f"has {', '.join(map(str, record))}" if isinstance(record, dict) else "is no object"
-        raise ValueError(f"{where} {has}: needs a text called prompt, which is not empty")
-    others = {key: value for key, value in record.items() if key != "prompt"}
+        raise ValueError(f"{where} {has}: needs a text called {column}, which is not empty")
+    others = {key: value for key, value in record.items() if key != column}
     if isinstance(others.get("metadata"), dict):
         others |= others.pop("metadata")
     return (prompt.strip(), others) if others else prompt.strip()
 
 
-def _of_jsonl(lines, where):
+def _of_jsonl(lines, where, column="prompt"):
     "Read prompts and metadata from lines of JSON."
     records = []
     for number, line in enumerate(lines, 1):
@@ -307,13 +309,16 @@ def _of_jsonl(lines, where):
                 record = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as e:
                 raise ValueError(f"{where}, line {number}, is not JSON: {e}") from None
-            records.append(_of_record(record, f"{where}, line {number},"))
+            records.append(_of_record(record, f"{where}, line {number},", column))
     return records
 
 
-def _of_csv(lines, where):
+def _of_csv(lines, where, column="prompt", comma=","):
     "Read prompts and metadata from comma-separated values with a header."
-    reader = csv.reader(io.StringIO("\n".join(lines), newline=""))
+    # in a file of tabs a quotation mark is a letter, as in PartiPrompts
+    quoting = csv.QUOTE_MINIMAL if comma == "," else csv.QUOTE_NONE
+    file = io.StringIO("\n".join(lines), newline="")
+    reader = csv.reader(file, delimiter=comma, quoting=quoting)
     records = []
     names = None
     try:
@@ -324,27 +329,29 @@ def _of_csv(lines, where):
             if len(row) != len(names):
                 raise ValueError(
                     f"{where}, line {reader.line_num}, has {len(row)} fields, "
-                    f"the header {len(names)}: quote what has a comma"
+                    f"the header {len(names)}: " + _EXTRA[comma]
                 )
             record = dict(zip(names, row))
-            records.append(_of_record(record, f"{where}, line {reader.line_num},"))
+            records.append(_of_record(record, f"{where}, line {reader.line_num},", column))
     except csv.Error as e:
         raise ValueError(f"{where}, line {reader.line_num}, is not CSV: {e}") from None
     return records
 
 
-_READERS = {".jsonl": _of_jsonl, ".csv": _of_csv}
+_EXTRA = {",": "quote what has a comma", "\t": "a tab divides fields"}
+_READERS = {".jsonl": _of_jsonl, ".csv": _of_csv, ".tsv": functools.partial(_of_csv, comma="\t")}
 _NOT_READ = {
     ".py": "write {path}:NAME for a function in it",
     ".json": "write one object a line, and give the name the ending .jsonl",
 }
 
-# %% ../nbs/library/25_prompts.ipynb #93f22041
+# %% ../nbs/library/25_prompts.ipynb #b25c1a8d
 @source
 def from_file(
-    path,  # .txt with a prompt a line, .jsonl with an object a line, .csv with a column prompt
+    path,  # .txt with a prompt a line, .jsonl with an object a line, .csv or .tsv with a header
     prefix="",  # text before each, with its own spaces
     suffix="",  # text after each, with its own spaces
+    column="prompt",  # of a .csv or .tsv, or the key in a .jsonl, that holds the prompt
 ) -> Prompts:  # draws from the file's prompts
     "Make a source of the prompts in a text, jsonl or csv file, each used as it stands."
     path = Path(path).expanduser()
@@ -352,7 +359,7 @@ def from_file(
     kind = path.suffix.lower()
     if kind in _NOT_READ:
         raise ValueError(f"{where} is no list of prompts: {_NOT_READ[kind].format(path=path)}")
-    prompts = _READERS.get(kind, _of_text)(_lines(path), where)
+    prompts = _READERS.get(kind, _of_text)(_lines(path), where, column)
     if not prompts:
         raise ValueError(f"{where} holds no prompt: write one a line")
     return from_list(prompts, prefix, suffix)

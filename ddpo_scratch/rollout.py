@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['generator_for', 'gaussian_log_prob', 'default_clip_range', 'step_rule', 'policy', 'Rollout', 'trainable_steps',
-           'draw', 'sample', 'step_log_prob', 'replay_log_prob', 'step_kl']
+           'noise_left', 'draw', 'sample', 'step_log_prob', 'replay_log_prob', 'step_kl']
 
 # %% ../nbs/book/02_rollout.ipynb #f81f72ec
 import math
@@ -146,16 +146,39 @@ def trainable_steps(
         )
     return steps
 
-# %% ../nbs/book/02_rollout.ipynb #e01c29e8
+# %% ../nbs/book/02_rollout.ipynb #9561feb5
+def noise_left(
+    path,  # of a denoiser
+    n_steps,  # int, steps of the rollout
+    rule,  # step rule, or DDIM's eta
+) -> float:  # standard deviation of the noise, where a latent has about 1
+    "Measure the noise that the end of sampling leaves beyond what its times call for."
+    times = path.grid(n_steps)
+    zeros, ones = torch.zeros(n_steps, 1), torch.ones(n_steps, 1)
+    x_t = path.add_noise(zeros, ones, times[:-1])
+    target = path.target(zeros, ones, times[:-1])
+    kept, fresh = step_rule(rule).mean_std(path, x_t, target, times[:-1], times[1:])
+    _, called_for = path.alpha_sigma(times[1:], zeros)
+    beyond = kept.square() + fresh.square() - called_for.square()
+    # of steps that land where a twentieth of noise or less is left, and at least the last
+    return beyond[called_for <= max(0.05, called_for[-1])].clamp(min=0).max().sqrt().item()
+
+# %% ../nbs/book/02_rollout.ipynb #35768b68
 def draw(
     generators,  # list of b CPU generators
     shape,  # of one sample
     device,  # where to
+    n=None,  # how many samples there are; None: as many as generators
 ) -> Tensor:  # (b, *shape) standard normal, row i from generator i
     "Draw each sample's noise from its own stream."
+    if n is not None and len(generators) != n:
+        raise ValueError(
+            f"{len(generators)} generators for {n} samples: "
+            "give one per sample, e.g. generator_for(seed, epoch, i)"
+        )
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-# %% ../nbs/book/02_rollout.ipynb #3f3fecc6
+# %% ../nbs/book/02_rollout.ipynb #f1e7a616
 @torch.no_grad()
 def sample(
     denoiser,  # Denoiser
@@ -168,17 +191,12 @@ def sample(
     starts=None,  # list of b CPU generators that draw x_T in place of the samples' own
 ) -> Rollout:  # of b trajectories
     "Draw trajectories and remember every state, action and log-prob (DDPO, sec. 4.3)."
-    if len(generators) != len(c):
-        raise ValueError(
-            f"{len(generators)} generators for {len(c)} samples: "
-            "give one per sample, e.g. generator_for(seed, epoch, i)"
-        )
     grid, stds = denoiser.path.grid(n_steps), step_rule(rule).stds(denoiser.path, n_steps)
-    x_T = draw(starts or generators, denoiser.latent_shape, denoiser.device)
-    xs, log_probs = [x_T.to(dtype)], []
+    n, shape, device = len(c), denoiser.latent_shape, denoiser.device
+    xs, log_probs = [draw(starts or generators, shape, device, n).to(dtype)], []
     for i in (progress or iter)(range(n_steps)):
         mean, std = policy(denoiser, xs[-1], grid[i], grid[i + 1], c, rule)
-        noise = draw(generators, denoiser.latent_shape, denoiser.device) if stds[i] > 0 else 0.0
+        noise = draw(generators, shape, device, n) if stds[i] > 0 else 0.0
         # x_next is rounded BEFORE its log-prob is taken: what is scored is what is stored
         xs.append((mean + std * noise).to(dtype))
         log_probs.append(gaussian_log_prob(xs[-1], mean, std))
@@ -215,7 +233,7 @@ def replay_log_prob(
         columns.append(log_prob)
     return torch.stack(columns, 1)
 
-# %% ../nbs/book/02_rollout.ipynb #c409c543
+# %% ../nbs/book/02_rollout.ipynb #7e792436
 def step_kl(
     denoiser,  # Denoiser with a reference; gradients flow into the policy's mean
     x_t,  # (b, *latent) state, as data
@@ -223,11 +241,12 @@ def step_kl(
     t_next,  # int or (b,) long
     c,  # Conditioning of the b samples
     rule,  # step rule, or DDIM's eta
+    reference=None,  # context in which another one answers; None: the denoiser's own reference
 ) -> Tensor:  # (b,) float32 or wider, >= 0, mean over dimensions; 0 where std is 0
     "Measure KL(policy || reference) of one step, per dimension (DPOK, arXiv 2305.16381)."
     x_t = x_t.detach()  # a gradient through the state would see one of the two policies only
     mean, std = policy(denoiser, x_t, t, t_next, c, rule)
-    with torch.no_grad(), denoiser.reference():
+    with torch.no_grad(), reference or denoiser.reference():
         mean_ref, _ = policy(denoiser, x_t, t, t_next, c, rule)
     z = (mean - mean_ref) / torch.where(std > 0, std, 1.0)
     return torch.where(std > 0, z.square() / 2, 0.0).flatten(1).mean(1)

@@ -37,7 +37,7 @@ def stride(
     # 3 - 3 x is 1 at x = 2/3 and 0 at the goal; a quarter, so that noise does not stop a run short
     return min(1.0, max(0.25, 3 - 3 * gain / goal))
 
-# %% ../nbs/library/37_setup.ipynb #4c6d9444
+# %% ../nbs/library/37_setup.ipynb #253ee091
 @dataclass
 class TrainState:
     "Hold a run in progress."
@@ -94,7 +94,7 @@ class TrainState:
             group = k // self.config.sample_images_per_prompt
             pairs.append(self.prompt_fn(self.generator(self.epoch, group, "prompt")))
         prompts, metadata = zip(*pairs)
-        return list(prompts), list(metadata)
+        return self.method.prompts(list(prompts), list(metadata), self.starts(numbers))
 
     def noise(self, numbers) -> list:  # of CPU generators
         "Open the noise streams of samples of this epoch, by their numbers."
@@ -154,7 +154,7 @@ def learning_rate_share(
     )
     return scheduler.lr_lambdas[0]
 
-# %% ../nbs/library/37_setup.ipynb #151ba8d2
+# %% ../nbs/library/37_setup.ipynb #51214951
 DTYPES = {
     "auto": None,
     "no": torch.float32,
@@ -194,7 +194,7 @@ def _trained(config, denoiser, engine):
         seed=config.seed,
         start_from=config.start_from,
     )
-    if config.kl_weight and not config.use_lora:
+    if (config.kl_weight or config.method_class.asks_base) and not config.use_lora:
         denoiser.keep_reference(engine.reference)  # a LoRA is switched off instead
     denoiser.configure(
         gradient_checkpointing=config.gradient_checkpointing,
@@ -210,7 +210,7 @@ def _named(config, **parts):
     names = {field: name_of(part) for field, part in parts.items() if part is not None}
     return dataclasses.replace(config, **names)
 
-# %% ../nbs/library/37_setup.ipynb #04033934
+# %% ../nbs/library/37_setup.ipynb #2fc31667
 def _scorer(config, reward_fn, device):
     "Wrap the reward, and refuse one without a gradient where the method needs it."
     scorer = Scorer(
@@ -244,10 +244,12 @@ def _judges(config, denoiser, device):
 
 def _method(config, denoiser, engine):
     "Make the method, and refuse what it cannot work with."
-    if engine.sharded and config.method_class.keeps_policy:
+    keeps = config.method_name if config.method_class.keeps_policy else ""
+    keeps = keeps or (config.shaping.name if config.shaping.refresh else "")
+    if engine.sharded and keeps:
         raise ValueError(
-            f"{config.method_name} keeps a copy of the policy, which cannot be done where its "
-            "weights are sharded: use data parallel training, or a method without one"
+            f"{keeps} keeps a copy of the policy, which cannot be done where its weights are "
+            "sharded: use data parallel training, or do without"
         )
     method = config.method_class(config, denoiser.latent_shape)
     method.steps(denoiser.path)  # refuses a schedule without a step to train on
@@ -260,7 +262,7 @@ def _average(config, params):
 
     return EMAModel(params, decay=config.ema_decay) if config.ema_decay else None
 
-# %% ../nbs/library/37_setup.ipynb #42171705
+# %% ../nbs/library/37_setup.ipynb #44394651
 def _place(config):
     "Find the checkpoint to go on from, None for a new run, and the run's folder."
     if not config.resume_from:
@@ -290,6 +292,8 @@ def setup(
     method = _method(config, denoiser, engine)
     params = _trained(config, denoiser, engine)
     method.prepare(denoiser)
+    if config.shaping.refresh:
+        method.anchor_here(denoiser)
     denoiser.network, params, optimizer = engine.prepare(
         config, denoiser.network, params, lambda params: make_optimizer(config, params)
     )

@@ -6,18 +6,17 @@
 __all__ = ['variance_shares', 'standardize_within', 'gdpo_rewards', 'win_rates', 'kl_gate', 'nearest_distances', 'favour_rare',
            'Shaped', 'Shaping', 'Ranks', 'GDPO', 'GARDO', 'find_shaping']
 
-# %% ../nbs/library/53_shaping.ipynb #7e143066
+# %% ../nbs/library/53_shaping.ipynb #eb9efcc6
 import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
 from .advantage import as_rewards, standardize
-from .named import build, parse_call, parse_sum
+from .named import build, check_known, parse_call, parse_sum
 
 # %% ../nbs/library/53_shaping.ipynb #2ca43242
 def variance_shares(
@@ -169,7 +168,7 @@ def _has_one_term(text):
         return False  # for the reward's own error
     return len(terms) == 1 and ":" not in terms[0][1]
 
-# %% ../nbs/library/53_shaping.ipynb #fb6aa9df
+# %% ../nbs/library/53_shaping.ipynb #62c9072a
 @dataclass(frozen=True)
 class Shaping:
     "Leave an epoch's rewards as they are; subclass it to change them."
@@ -178,6 +177,7 @@ class Shaping:
     name = ""
     advice = ""  # how to write a reward that has the parts needed; nothing needs no parts
     named = {}  # name -> class
+    refresh = 0  # epochs until the KL penalty compares with the policy of that moment; 0: never
 
     def __init_subclass__(cls):
         if cls.name:
@@ -262,7 +262,7 @@ class GDPO(Shaping):
         gauges = {f"gdpo_share/{name}": share for name, share in shares.items()}
         return Shaped(gdpo_rewards(parts, weights, prompts), gauges=gauges)
 
-# %% ../nbs/library/53_shaping.ipynb #1090aa7a
+# %% ../nbs/library/53_shaping.ipynb #02240221
 @dataclass(frozen=True)
 class GARDO(Shaping):
     "Charge the KL penalty to doubtful pictures alone, and favour rare ones."
@@ -275,6 +275,8 @@ class GARDO(Shaping):
 
     share: float = 0.1  # of an epoch's pictures that pay the KL penalty, 0 < share <= 1
     diversity: bool = True  # more for a good picture that is unlike the others of its prompt
+    # the penalty's reference becomes the policy after so many epochs, again and again; 0: never
+    refresh: int = 0
 
     def __post_init__(self):
         is_number = isinstance(self.share, (int, float)) and not isinstance(self.share, bool)
@@ -285,6 +287,11 @@ class GARDO(Shaping):
         if not isinstance(self.diversity, bool):
             raise ValueError(
                 f"reward_shaping: gardo's diversity is {self.diversity!r}: needs True or False"
+            )
+        if type(self.refresh) is not int or self.refresh < 0:
+            raise ValueError(
+                f"reward_shaping: gardo's refresh is {self.refresh!r}: needs a number of epochs, "
+                "or 0 for never"
             )
 
     def mistakes(self, config) -> Iterator:  # of str
@@ -328,7 +335,7 @@ class GARDO(Shaping):
             gauges["nearest_distance"] = distances.nanmean().item()
         return Shaped(rewards, share, gauges)
 
-# %% ../nbs/library/53_shaping.ipynb #2403803f
+# %% ../nbs/library/53_shaping.ipynb #8fbb5d7b
 @functools.cache
 def find_shaping(
     text,  # of config.reward_shaping
@@ -337,11 +344,7 @@ def find_shaping(
     if not text.strip():
         return Shaping()
     name, call = parse_call(text, "reward_shaping", "gardo(share=0.1)")
-    known = ", ".join(sorted(Shaping.named))
-    if name not in Shaping.named:
-        close = get_close_matches(name, Shaping.named, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(
-            f"reward_shaping: unknown {name!r}: {hint}expected one of {known}, or nothing"
-        )
-    return build(Shaping.named[name], call, name, "reward_shaping", f"known are {known}")
+    known = sorted(Shaping.named)
+    check_known(name, known, "reward_shaping", "shaping", "or nothing")
+    advice = f"known are {', '.join(known)}"
+    return build(Shaping.named[name], call, name, "reward_shaping", advice)

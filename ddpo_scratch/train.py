@@ -6,7 +6,7 @@
 __all__ = ['Step', 'Samples', 'collect', 'minibatches', 'micro_batches', 'update', 'optimizer_step', 'backprop_update', 'train',
            'fit']
 
-# %% ../nbs/library/40_train.ipynb #70fad650
+# %% ../nbs/library/40_train.ipynb #3b7b14aa
 import contextlib
 import math
 import time
@@ -21,7 +21,7 @@ from .interrupt import shielded
 from .look import averaged, look, look_is_due
 from .methods.base import Batch
 from .progress import counted, show_progress, watch
-from .report import check_hub, push_report, write_report
+from .report import check_hub, early_findings, push_report, write_report
 from .runfolder import held, nothing_lost, says_where
 from .setup import DTYPES, setup
 
@@ -201,7 +201,7 @@ def micro_batches(
         batches.append(Batch(samples.rollout, sample, step, weight, device, rows, pays))
     return batches
 
-# %% ../nbs/library/40_train.ipynb #92192f16
+# %% ../nbs/library/40_train.ipynb #79e4c51b
 def _pooled(engine, rows):
     "Average gauges over micro-batches, by their shares, and processes; the ratio's largest spread."
     names = list(rows[0][1])
@@ -212,6 +212,17 @@ def _pooled(engine, rows):
     if "ratio_spread" in out:
         out["ratio_spread"] = max(float(gauges["ratio_spread"]) for _, gauges in rows)
     return engine.pooled(out, largest=("ratio_spread",))
+
+
+def _penalty(method, denoiser, batch):
+    "Ask for the KL penalty, and refuse one that would hold nothing back."
+    penalty = method.penalty(denoiser, batch)
+    if not penalty.requires_grad:
+        raise ValueError(
+            f"the penalty of {method.name} has no gradient, so that kl_weight would do nothing: "
+            "compute the policy's part outside of torch.no_grad()"
+        )
+    return penalty
 
 
 def update(
@@ -232,7 +243,7 @@ def update(
             losses, gauges = method.loss(denoiser, batch)
             loss = losses.mean()
             if config.kl_weight:
-                gauges["kl"] = method.penalty(denoiser, batch)
+                gauges["kl"] = _penalty(method, denoiser, batch)
                 loss = loss + config.kl_weight * gauges["kl"]
             backward(loss * share)
         rows.append((share, dict(loss=loss, **gauges)))
@@ -316,7 +327,7 @@ def backprop_update(
     state.progress.reward(rewards.mean().item())
     return optimizer_step(state, _pooled(engine, rows)), rewards, all_extras
 
-# %% ../nbs/library/40_train.ipynb #6ddd8b97
+# %% ../nbs/library/40_train.ipynb #5d78db66
 @dataclass
 class _Epoch:
     "Hold what an epoch's row needs beside its steps."
@@ -333,6 +344,36 @@ def _training(state, work):
     state.begin("training", state.config.updates_per_epoch, "update", work)
 
 
+def _recorded_exactly(state, samples, index, steps):
+    "Tell whether the training path gives what sampling recorded, bit for bit, by one micro-batch."
+    if not samples.rollout.log_probs.shape[1]:
+        return True  # nothing was recorded
+    config = state.config
+    size = config.train_micro_batch_size
+    # half precision rounds by the shape of a batch: of another shape some are equal by luck
+    shapes_agree = size == config.sample_batch_size and steps.numel() % size == 0
+    batch = micro_batches(state, samples, index, steps)[0]
+    recorded = batch.old_log_prob.clone()
+    with torch.no_grad():
+        state.method.replay(state.denoiser, batch)
+    equal = torch.equal(recorded, batch.old_log_prob)
+    if state.epoch == 0 and not equal:
+        state.progress.line(
+            f"log-probs are computed again before training, in {config.mixed_precision} and "
+            f"micro-batches of {size}: with sample_batch_size the same, as many as sampling takes "
+            "at a time, this pass can be saved"
+        )
+    return not state.engine.any(not (equal and shapes_agree))
+
+
+def _replay(state, samples, todo):
+    "Compute all log-probs again, by the batches of training; of several passes the last decides."
+    for index, steps in todo:
+        for batch in micro_batches(state, samples, index, steps):
+            with torch.no_grad():
+                state.method.replay(state.denoiser, batch)
+
+
 def _collected_steps(state, epoch):
     "Yield the optimizer steps of an epoch that collects all of its samples first."
     config, method = state.config, state.method
@@ -345,13 +386,8 @@ def _collected_steps(state, epoch):
     todo = []
     for inner_epoch in range(config.train_num_inner_epochs):
         todo += minibatches(state, inner_epoch)
-    if config.mixed_precision != "no":
-        # under autocast log-probs depend on the batch they are computed in; of several passes
-        # the last one's batches decide
-        for index, steps in todo:
-            for batch in micro_batches(state, samples, index, steps):
-                with torch.no_grad():
-                    method.replay(state.denoiser, batch)
+    if config.mixed_precision != "no" and not _recorded_exactly(state, samples, *todo[0]):
+        _replay(state, samples, todo)
     for index, steps in todo:
         yield update(state, samples, index, steps)
 
@@ -371,7 +407,7 @@ def _differentiated_steps(state, epoch):
             epoch.extras = _mean_extras(state.engine, all_extras, len(rewards) // batches)
         yield out
 
-# %% ../nbs/library/40_train.ipynb #1263ec79
+# %% ../nbs/library/40_train.ipynb #8cd1db74
 def _finite_means(rows):
     "Average each number over an epoch's steps; a skipped step has no gradient norm."
     means = {}
@@ -381,6 +417,8 @@ def _finite_means(rows):
             means[name] = sum(values) / len(values)
     if "ratio_spread" in means:
         means["ratio_spread"] = max(row["ratio_spread"] for row in rows)
+        # before the first update the policy is the one that drew: all ratios should be 1
+        means["ratio_first"] = rows[0]["ratio_spread"]
     return means
 
 
@@ -395,6 +433,7 @@ def _epoch_metrics(state, epoch, rows):
         reward_std=rewards.std().item(),
         reward_min=rewards.min().item(),
         reward_max=rewards.max().item(),
+        noise_left=state.method.noise_left(state.denoiser.path),
         **{f"reward/{name}": value for name, value in epoch.extras.items()},
         **epoch.gauges,
         **_finite_means(rows),
@@ -416,6 +455,9 @@ def _epoch(state):
     state.check_weights()
     state.epoch += 1
     state.method.after_epoch(state.denoiser)
+    refresh = state.config.shaping.refresh
+    if refresh and state.epoch % refresh == 0:
+        state.method.anchor_here(state.denoiser)
     step.metrics.update(_epoch_metrics(state, epoch, rows))
     step.metrics.update(
         seconds_sampling=epoch.sampled - epoch.start, seconds_training=trained - epoch.sampled
@@ -516,7 +558,7 @@ def _display(folder):
             if path.is_file():
                 display(Image(data=path.read_bytes()))
 
-# %% ../nbs/library/40_train.ipynb #fd0f3d84
+# %% ../nbs/library/40_train.ipynb #1f4b8402
 def _steps(state, on_epoch, verbose):
     "Train to the end, with a line an epoch."
     config = state.config
@@ -529,6 +571,9 @@ def _steps(state, on_epoch, verbose):
             if not step.metrics:
                 continue
             state.progress.line(_epoch_line(state, step, verbose))
+            if state.epoch == 1 and state.engine.is_main:
+                for finding in early_findings(state.folder, config):
+                    state.progress.line(f"note: {finding}")
             if state.engine.any(on_epoch and on_epoch(step)):
                 break
     if state.engine.is_main and state.eval_gain >= config.goal > 0:

@@ -107,6 +107,8 @@ RUNS = {
 } | {f"ddpo_is/{name}": fields for name, fields in ONE_OF_A_KIND.items()}
 TWO_PROCESSES = ["ddpo_is/plain", "rwr/kl", "alignprop_random/plain"]
 RESUMED = ["ddpo_is/ema", "rwr/inner_epochs", "alignprop_random/kl"]
+# gauges that came after the record was made, and move nothing
+NEWER = ("ratio_first", "noise_left")
 
 
 def hash_of(tensors):
@@ -147,7 +149,8 @@ def numbers(step):
     row = dataclasses.asdict(step)
     metrics, gauges = row.pop("metrics"), row.pop("gauges")
     assert not gauges
-    row |= {f"metrics/{k}": v for k, v in metrics.items() if not k.startswith("seconds")}
+    left_out = [name for name in metrics if name.startswith("seconds") or name in NEWER]
+    row |= {f"metrics/{k}": v for k, v in metrics.items() if k not in left_out}
     return {k: plain(v) for k, v in row.items() if plain(v) != "nan"}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ddpo_scratch import cli
-from ddpo_scratch.config import TrainConfig, preset_names, write_config
+from ddpo_scratch.config import TrainConfig, preset, preset_names, write_config
 from ddpo_scratch.drawing import mix_loras
 from ddpo_scratch.evaluate import fixed_seed_images
 from ddpo_scratch.models import base, sd
@@ -404,6 +404,13 @@ def test_mistakes_of_an_evaluation(tmp_path, capsys, words, message):
         ([" "], "no prompt: give one or more"),
         (["a fox", "--lora", "nowhere"], "'nowhere'"),
         (["a fox", "--lora_weight", "0.5"], "0 and 1: give a weight for each"),
+        (
+            ["a fox", "--best_of", "8"],
+            "--best_of 8 keeps what a reward likes most: give --reward_fn",
+        ),
+        (["a fox", "--reward_fn", "brightness"], "choose among several pictures: give --best_of"),
+        (["a fox", "--steer", "fk"], "choose among several pictures: give --best_of"),
+        (["a fox", "--best_of", "2", "--reward_fn", "brightnes"], "did you mean brightness"),
     ],
 )
 def test_mistakes_of_drawing(capsys, words, message, tmp_path, monkeypatch):
@@ -725,14 +732,20 @@ def test_dry_run_of_every_preset(tmp_path, capsys, name, monkeypatch):
         raise AssertionError("a dry run asked the network")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    # three presets take prompts that their user must bring
-    (tmp_path / "hps_v2_all.txt").write_text("a fox\n")
+    # some presets take prompts that their user must bring
+    prompts = preset(name).prompt_fn
+    brought = tmp_path / prompts
+    if prompts.endswith((".txt", ".jsonl")):
+        brought.parent.mkdir(parents=True, exist_ok=True)
+        metadata = dict(prompt="two dogs", include=[{"class": "dog", "count": 2}], tag="counting")
+        brought.write_text((json.dumps(metadata) if "jsonl" in prompts else "a fox") + "\n")
+    there = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     assert cli.ddpo_train(["--preset", name, "--dry_run"]) == 0
     out = capsys.readouterr().out
-    for part in ("effective batch", "memory", "reward queries"):
+    for part in ("effective batch", "memory, estimated", "reward queries"):
         assert part in out
-    assert [path.name for path in tmp_path.iterdir()] == ["hps_v2_all.txt"]
+    assert sorted(tmp_path.rglob("*")) == there
 
 
 def test_dry_run_is_for_as_many_processes_as_are_meant(capsys, monkeypatch):
@@ -950,6 +963,25 @@ def test_words_that_the_embedded_model_does_not_know(tmp_path, capsys):
     assert "does not know 'spaceship', 'over', 'Paris': it draws 77 things" in out
     assert cli.ddpo_sample(["a fox on a blue background", *words]) == 0
     assert "note" not in capsys.readouterr().out
+
+
+def test_the_best_of_several_is_kept_and_named(tmp_path, capsys):
+    words = f"--best_of 3 --reward_fn brightness --num_steps 2 --n 2 --grid --out {tmp_path}"
+    for more in ([], ["--steer", "fk", "--seed", "1"]):
+        assert cli.ddpo_sample(["a fox", *words.split(), *more]) == 0
+        first, second, sheet = capsys.readouterr().out.splitlines()
+        for line in (first, second):
+            path, best, rest = line.split(" ", 2)
+            mean = rest.removeprefix("(best of 3, whose mean is ").removesuffix(")")
+            assert float(Image.open(path).text["reward"]) == pytest.approx(float(best), rel=0.01)
+            assert float(best) >= float(mean)
+        assert Path(sheet).is_file()
+
+
+def test_steering_by_particles_needs_noise(tmp_path, capsys):
+    words = "--best_of 3 --reward_fn brightness --num_steps 3 --eta 0 --steer fk --out".split()
+    assert "use eta > 0" in mistake(capsys, "ddpo_sample", "a fox", *words, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

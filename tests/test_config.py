@@ -28,6 +28,7 @@ from ddpo_scratch.config import (
     write_config,
 )
 from ddpo_scratch.methods.backprop import k_rule
+from ddpo_scratch.named import parse_sum
 from ddpo_scratch.prompts import SOURCES, get_prompt_fn
 from ddpo_scratch.rewards.base import REWARDS
 
@@ -38,6 +39,8 @@ LITERATURE = [
     for name in preset_names()
     if read_preset(name).source != "this book" and not name.startswith("tiny")
 ]
+# what came after DDPO: groups of pictures, and methods that bring their own rules
+LATER = [n for n in LITERATURE if preset(n).method_name in ("flow_grpo", "nft", "awm")]
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 
 # ---- the check
@@ -89,7 +92,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
             dict(train_batch_size=24),
             r"samples per epoch \(32 x 2 = 64\) must be a multiple of samples per update \(24 x 1",
         ),
-        (dict(method="dqn"), "unknown method 'dqn'.*ddpo_is"),
+        (dict(method="dqn"), "no method called 'dqn'.*ddpo_is"),
         (dict(method="ddpo_is", sample_eta=0.0), "a policy gradient needs noise in every step"),
         (dict(method="rwr", kl_weight=0.1, sample_eta=0.0), "no step has a density to compare"),
         (dict(method="refl", kl_weight=0.1), "refl has no trajectory"),
@@ -610,11 +613,25 @@ def test_every_preset_passes_the_check(name):
 def test_a_preset_of_the_literature_says_what_it_keeps_and_what_not(name):
     p = read_preset(name)
     assert p.kept and p.differs and p.source != "this book"
+
+
+@pytest.mark.parametrize("name", [name for name in LITERATURE if name not in LATER])
+def test_presets_before_flow_models_share_their_habits(name):
     c = preset(name)
     # measured for the embedded model alone: early stops, prompts in groups, wide clip ranges
     assert (c.stop_gain, c.sample_images_per_prompt, c.train_clip_range) == (0.0, 1, 1e-4)
     assert c.sample_guidance_scale == c.eval_guidance_scale  # they look as they sample
     assert c.sample_num_steps == 50
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_presets_of_flow_models_compare_groups_and_look_by_the_ode(name):
+    c = preset(name)
+    assert c.stop_gain == 0.0 and c.sample_images_per_prompt >= 12
+    assert c.sample_guidance_scale == c.eval_guidance_scale
+    assert c.samples_per_epoch % c.sample_images_per_prompt == 0
+    # Stable Diffusion 1.4 looks as it samples
+    assert c.look_eta == (1.0 if name == "dance_grpo_sd14" else 0.0)
 
 
 def test_the_embedded_models_preset_is_the_default():
@@ -625,7 +642,7 @@ def test_the_embedded_models_preset_is_the_default():
 CLAIMS = [
     (r"advantage clip (\d+)", lambda c: c.train_adv_clip_max),
     (r"guidance ([\d.]+)", lambda c: c.sample_guidance_scale),
-    (r"eta (\d)", lambda c: c.sample_eta),
+    (r"\beta (\d)", lambda c: c.sample_eta),
     (r"(\d+) pictures an update", lambda c: c.samples_per_update),
     (r"of (\d+) pictures", lambda c: c.samples_per_update),
     (r"(\d+) updates an epoch", lambda c: c.updates_per_epoch),
@@ -638,6 +655,16 @@ CLAIMS = [
     (r"about ([\d.]+)k rewards", lambda c: round(c.samples_per_epoch * c.num_epochs / 1e3, 1)),
     (r"loss times ([\d.]+)", lambda c: float(c.reward_fn.split("*")[0])),
     (r"(\d+) (?:common|bare) animals", lambda c: len(get_prompt_fn(c.prompt_fn).prompts)),
+    (r"(\d+) groups of", lambda c: c.samples_per_epoch / c.sample_images_per_prompt),
+    (r"groups of (\d+)", lambda c: c.sample_images_per_prompt),
+    (r"noise (?:level of )?([\d.]+)", lambda c: c.method_class.options_of(c).noise_level),
+    (r"Flow-SDE at ([\d.]+)", lambda c: c.method_class.options_of(c).noise_level),
+    (r"penalty of ([\de.-]+) to", lambda c: c.kl_weight),
+    (r"^beta ([\d.]+);", lambda c: c.method_class.options_of(c).beta),
+    (r"(\d+) of 10 steps", lambda c: c.steps_per_sample),
+    (r"(\d+) steps", lambda c: c.sample_num_steps),
+    (r"(\d+) for the pictures that are compared", lambda c: c.look_steps),
+    (r"pictures of (\d+) pixels", lambda c: c.height),
     (r"(\d+) ImageNet animals", lambda c: len(get_prompt_fn(c.prompt_fn).prompts)),
 ]
 
@@ -694,9 +721,12 @@ def test_how_deep_alignprop_goes():
 @pytest.mark.parametrize("name", preset_names())
 def test_reward_and_prompts_of_a_preset_are_known(name):
     c = preset(name)
-    assert c.reward_fn.removeprefix("0.01*") in REWARDS
-    if c.prompt_fn == "hps_v2_all.txt":
-        assert any("to be put beside the run" in sentence for sentence in read_preset(name).differs)
+    for _, part, _ in parse_sum(c.reward_fn, "reward_fn", "a + b"):
+        assert part in REWARDS
+    if c.prompt_fn.endswith((".txt", ".jsonl")):
+        # a preset of the book says so in its comment
+        said = [*read_preset(name).differs, (PRESETS / f"{name}.yaml").read_text()]
+        assert any("to be put beside the run" in text or "of your own" in text for text in said)
     else:
         assert c.prompt_fn.split("(")[0] in SOURCES
         if not c.prompt_fn.startswith("pick_a_pic"):  # a download

@@ -4,10 +4,11 @@ import json
 import math
 import sys
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import leave_in, numbers, small, trained
+from runs import SMALL, leave_in, numbers, small, trained
 from samples import randn
 from torch.distributions import Normal
 from torch.testing import assert_close
@@ -21,6 +22,8 @@ from ddpo_scratch.methods.dpo import d3po_loss, dpo_loss, encode_pictures, kto_l
 from ddpo_scratch.methods.dpo import thumbs
 from ddpo_scratch.models.sd import StableDiffusion
 from ddpo_scratch.rollout import generator_for, replay_log_prob, sample
+from ddpo_scratch.setup import setup
+from ddpo_scratch.train import collect, train
 
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 METHODS = dict(dpo=DPO, kto=KTO, d3po=D3PO, dpo_offline=OfflineDPO)
@@ -499,6 +502,105 @@ def test_resumed_run_is_the_uninterrupted_one(name, table, tmp_path):
     first, last = numbers(tmp_path / "whole")
     # at the first of all updates the policy is the base model
     assert first["grad_norm"] > 0 and last["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_fully_fine_tuned_in_half_precision_the_policy_begins_as_its_base_model(name, tmp_path):
+    fields = dict(method=name, use_lora=False, train_learning_rate=1e-4, mixed_precision="bf16")
+    fields |= dict(num_epochs=1, sample_num_steps=2, sample_batch_size=4, train_batch_size=2)
+    first, *_, last = train(small(tmp_path, **fields))
+    moved = "gain" if name == "kto" else "winner_change"
+    # in another precision the copy would differ from the policy before anything was learnt
+    assert first.gauges[moved] == 0 != last.gauges[moved]
+
+
+def test_rewards_are_told_the_prompts_of_the_pairs(table, tmp_path):
+    told, metadata = [], []
+
+    def reward(images, prompts, facts):
+        told.extend(prompts)
+        metadata.extend(facts)
+        return images.mean((1, 2, 3))
+
+    fields = dict(method=texts(table)["dpo_offline"], sample_images_per_prompt=2, num_epochs=1)
+    state = setup(small(tmp_path, **fields), reward_fn=reward)
+    samples = collect(state)
+    pairs = {pair.prompt for pair in state.method.pairs}
+    assert set(told) <= pairs and told == samples.prompts and metadata == [{}] * 8
+    c = state.denoiser.encode(told)
+    assert all(torch.equal(a, b) for a, b in zip(c, samples.rollout.c) if torch.is_tensor(a))
+    chosen = state.method.chosen(state.starts(range(8)))
+    assert told == [pair.prompt for pair, _ in chosen]
+
+
+SHARED = """
+import json, sys, torch
+from ddpo_scratch.config import TrainConfig
+from ddpo_scratch.methods.base import Batch, find_method
+from ddpo_scratch.diffusion import GaussianDenoiser, Schedule
+from ddpo_scratch.rollout import generator_for, sample
+from ddpo_scratch.train import setup, train
+
+torch.set_num_threads(1)
+where, fields = sys.argv[1], json.loads(sys.argv[2])
+
+
+def trained(**more):
+    "Train; what there is afterwards, and the anchors on the way."
+    state, anchors = setup(TrainConfig(**fields | more)), []
+    for step in train(state=state):
+        anchors.append(state.method.anchor)
+        if more.get("run_name") == "cut" and step.epoch == 2:
+            return
+    params = [p.detach() for p in state.params]
+    return dict(params=params, method=state.method.state_dict(), anchors=anchors)
+
+
+whole = trained(run_name="whole")
+trained(run_name="cut")
+resumed = trained(resume_from=f"{fields['logdir']}/cut")
+rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+# the same samples on one process, and shared among all
+config = TrainConfig(method="kto(beta=5.0)", sample_batch_size=8, sample_num_steps=5)
+denoiser = GaussianDenoiser(Schedule(torch.linspace(0.999, 0.01, 1000).double()), (3,), mu=0.2)
+with torch.no_grad():
+    denoiser.mu += 0.1
+generators = [generator_for(0, i) for i in range(8)]
+rollout = sample(denoiser, denoiser.encode([""] * 8), 5, 1.0, generators)
+
+
+def method_after(rows):
+    "Make a method that has seen some of eight samples."
+    method = find_method("kto")(config, (3,))
+    weights = method.weights(torch.arange(8.0) ** 2, [])
+    noise = torch.randn(8, 3, generator=generator_for(1)), torch.arange(0, 800, 100)
+    batch = Batch(method.keep(rollout), rows, rows * 0, weights[rows], denoiser.device)
+    batch.draws = tuple(column[rows] for column in noise)
+    method.loss(denoiser, batch)
+    return method
+
+
+alone = method_after(torch.arange(8))._seen
+shared = method_after(torch.arange(8)[rank::world])
+torch.save([whole, resumed, alone, shared._together(denoiser)], f"{where}/rank{rank}.pt")
+"""
+
+
+def test_two_processes_have_one_anchor_and_resume_to_it(tmp_path):
+    (tmp_path / "script.py").write_text(SHARED)
+    fields = SMALL | dict(method="kto(beta=50.0)", logdir=str(tmp_path), sample_num_steps=2)
+    fields |= dict(sample_batch_size=4, train_batch_size=2, train_timestep_fraction=0.5)
+    words = tmp_path, json.dumps(fields)
+    processes.run(tmp_path / "script.py", *words, world=2, ACCELERATE_USE_CPU="true")
+    ranks = [torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1)]
+    (whole, resumed, alone, together), (others, *_) = ranks
+    assert whole["anchors"] == others["anchors"] and max(whole["anchors"]) > 0
+    assert whole["method"] == others["method"] == resumed["method"]
+    assert resumed["anchors"] == whole["anchors"][-2:]
+    for a, b, c in zip(whole["params"], others["params"], resumed["params"], strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert together == pytest.approx(alone, rel=1e-6)
 
 
 def test_offline_pairs_meet_whatever_batches_and_groups(table, tmp_path):

@@ -149,3 +149,29 @@ def test_a_png_says_how_it_was_drawn(tmp_path):
     assert text["prompt"] == "füchse 狐" and text["model"] == "m" and text["eta"] == "0.0"
     assert json.loads(text["lora"]) == ["a"] and json.loads(text["lora_weight"]) == [0.5]
     assert set("seed index guidance_scale num_steps negative_prompt".split()) <= set(text)
+
+
+@pytest.mark.parametrize("steer", ["best", "fk"])
+def test_a_choice_is_what_steering_finds_and_its_first_candidate_what_is_drawn(steer, tmp_path):
+    from ddpo_scratch.cli import SampleOptions
+    from ddpo_scratch.steering import best_of_n, fk_steering
+
+    more = dict(steer=steer, strength=3.0, reward_fn="brightness", out=str(tmp_path))
+    given = SampleOptions(prompts=("a fox",), num_steps=3, best_of=3, seed=5, batch_size=4, **more)
+    options = drawing.resolved(given)
+    denoiser, prompts = drawing.denoiser_of(options), ["a fox", "a cow"]
+    found = drawing.draw_best(denoiser, prompts, "brightness", options)
+    how = dict(n_steps=3, rule=1.0, seed=5, batch_size=4)
+    if steer == "best":
+        wanted = best_of_n(denoiser, prompts, "brightness", n=3, **how)
+        drawn = drawing.draw(denoiser, prompts, options)
+        first = denoiser.decode(wanted.candidates[:, 0])
+        torch.testing.assert_close(first, drawn, atol=1e-5, rtol=0)
+    else:
+        more = dict(n_particles=3, n_scores=3, strength=3.0)
+        wanted = fk_steering(denoiser, prompts, "brightness", **how, **more)
+    assert torch.equal(found.images, wanted.images) and found.queries == wanted.queries
+    path, _ = drawing.write_pictures(found.images, prompts, options, found.rewards)
+    text = Image.open(path).text
+    assert (text["reward_fn"], text["best_of"], text["steer"]) == ("brightness", "3", steer)
+    assert float(text["reward"]) == found.rewards[0].item()

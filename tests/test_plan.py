@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 
 import pytest
 
@@ -39,9 +40,10 @@ DIFFERENTIABLE = dict(reward_fn="jpeg_compressibility_estimate")
         dict(method="alignprop", backprop_steps="3", **DIFFERENTIABLE),
         dict(method="alignprop", backprop_steps="2", kl_weight=0.1, **DIFFERENTIABLE),
         dict(method="draft_lv", draft_lv_copies=3, **DIFFERENTIABLE),
+        dict(method="flow_grpo(drop_last=True)"),
     ],
 )
-def test_the_plan_counts_what_a_run_does(tmp_path, fields):
+def test_the_plan_counts_what_a_run_does(tmp_path, fields, monkeypatch):
     "Count the rows that go through the network itself."
     from ddpo_scratch.train import setup, train
 
@@ -49,8 +51,18 @@ def test_the_plan_counts_what_a_run_does(tmp_path, fields):
     rows = []
     state = setup(config)
     state.denoiser.network.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    trained = []
+    room = sys.modules["ddpo_scratch.train"]
+    take = room.micro_batches
+    monkeypatch.setattr(
+        room,
+        "micro_batches",
+        lambda s, x, i, k, *d: trained.append(k.numel()) or take(s, x, i, k, *d),
+    )
     updates = len(list(train(state=state)))
     counts = plan(config)
+    if trained:
+        assert set(trained) == {counts["transitions_per_update"]}
     assert sum(rows) == counts["passes_sampling"] + counts["passes_training"]
     assert updates == counts["updates"]
     assert state.reward_queries == counts["reward_queries"]
@@ -106,7 +118,7 @@ def test_processes_share_the_work_without_changing_it(name):
 def test_a_plan_is_of_a_checked_configuration():
     with pytest.raises(ValueError, match="num_epochs is 0"):
         plan(TrainConfig(num_epochs=0))
-    with pytest.raises(ValueError, match="unknown method"):
+    with pytest.raises(ValueError, match="no method called"):
         describe(TrainConfig(method="dqn"))
 
 
@@ -305,7 +317,7 @@ def test_memory_of_known_models():
     assert full["AdamW"] == 2 * full["gradients"]
     more = memory(preset("blog", train_use_8bit_adam=True, ema_decay=0.99, kl_weight=0.1))
     assert more["AdamW"] * 4 == full["AdamW"]
-    assert more["average (EMA)"] == full["gradients"] == more["base model for KL"]
+    assert more["average (EMA)"] == full["gradients"] == more["base model"]
 
 
 def parts(**fields):

@@ -120,3 +120,18 @@ def test_the_per_step_ratio_follows_mixtures_of_two_policies(share):
     g = estimates(loss, new, 1500, 8)
     assert summary(g, followed[0]).z.abs().max() < 4
     assert summary(g, exact_gradient(new, 4, 1.0)).z.abs().max() > 4
+
+
+@pytest.mark.parametrize("d", [1, 2, 1024])
+def test_as_trained_each_score_is_weighed_by_a_root_of_its_ratio(d):
+    "Log-probs that are means over d dimensions, and the clip range that belongs to them."
+    old, advantage = randn(64, dtype=torch.float64), randn(64, seed=1, dtype=torch.float64)
+    now = (old + randn(64, seed=2, dtype=torch.float64)).requires_grad_()
+    ratio = (now.detach() - old).exp()
+    loss = d * ppo_loss(now / d, old / d, advantage, 0.2 / d)
+    (gradient,) = torch.autograd.grad(loss, now)
+    root = ratio ** (1 / d)
+    stopped = torch.where(advantage > 0, root > 1 + 0.2 / d, root < 1 - 0.2 / d)
+    assert 0 < stopped.sum() < 64
+    assert_close(gradient, torch.where(stopped, 0.0, -advantage * root) / 64)
+    assert_close(approx_kl(now / d, old / d) * d**2, approx_kl(now, old))

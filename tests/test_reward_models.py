@@ -1431,7 +1431,9 @@ def test_extras():
 
     assert any(r.startswith("bert-score") for r in extra("llava"))
     assert any(r.startswith("datasets") for r in extra("pickapic"))
-    assert extra("all") == extra("llava") | extra("pickapic") and extra("all") <= extra("dev")
+    assert extra("all") == extra("llava") | extra("pickapic") | extra("ocr") and extra(
+        "all"
+    ) <= extra("dev")
 
 
 def test_questions_rule():

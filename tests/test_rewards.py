@@ -813,6 +813,7 @@ def test_rewards_register_where_they_live():
 def test_the_folder_is_searched_for_names():
     known = {"jpeg_compressibility", "target_color", "aesthetic", "pickscore", "hpsv2"}
     known |= {"clip_score", "llava_bertscore", "llava_vqa"}
+    known |= {"imagereward", "hpsv3", "unifiedreward", "ocr", "geneval"}
     known |= {"tiny_clip_score", "tiny_preference", "tiny_aesthetic"}
     assert known <= REWARDS.keys() and all(callable(REWARDS[name]) for name in known)
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from runs import numbers, small, trained
+from runs import leave_in, numbers, small, trained
 from samples import of_all_types, randn, type_name
 from torch.testing import assert_close
 
@@ -16,7 +16,7 @@ from ddpo_scratch.advantage import standardize
 from ddpo_scratch.config import TrainConfig, check_config
 from ddpo_scratch.diffusion import GaussianDenoiser, Schedule
 from ddpo_scratch.engine import Engine
-from ddpo_scratch.methods.base import Batch, Method
+from ddpo_scratch.methods.base import Batch, Method, PolicyCopy
 from ddpo_scratch.rewards.base import get_reward
 from ddpo_scratch.rollout import generator_for, sample, step_kl
 from ddpo_scratch.setup import setup
@@ -227,6 +227,8 @@ def test_factors_are_one_in_the_mean_of_a_group():
         (lambda: find_shaping("gardo(share=0)"), "0 < share <= 1"),
         (lambda: find_shaping("gardo(share=True)"), "0 < share <= 1"),
         (lambda: find_shaping("gardo(diversity=1)"), "True or False"),
+        (lambda: find_shaping("gardo(refresh=-1)"), "a number of epochs, or 0"),
+        (lambda: find_shaping("gardo(refresh=True)"), "a number of epochs, or 0"),
         (lambda: find_shaping("file.py:Mine"), "expected one of"),
     ],
 )
@@ -340,6 +342,25 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     with pytest.raises(ValueError, match="reward_shaping was"):
         other = fields | dict(reward_shaping="", num_epochs=3)
         setup(small(tmp_path, resume_from=str(tmp_path / "cut"), **other))
+
+
+@pytest.mark.parametrize("method", ["ddpo_is", "flow_grpo(rule='ddim', kl='published')", "nft"])
+def test_a_refreshed_reference_is_the_policy_of_that_moment_and_resumes(method, tmp_path):
+    fields = dict(sample_num_steps=2, num_epochs=3, method=method, **RUNS["gardo"])
+    fields["reward_shaping"] = "gardo(share=0.25, refresh=2)"
+    whole = trained(small(tmp_path, run_name="whole", **fields))
+    leave_in(small(tmp_path, run_name="cut", **fields), epoch=3)
+    after_two = setup(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
+    policy = PolicyCopy(after_two.denoiser).weights
+    for state in (whole, after_two):
+        reference = state.method.anchored_at.weights
+        assert all(torch.equal(a, b) for a, b in zip(reference, policy, strict=True))
+    now = PolicyCopy(whole.denoiser).weights
+    assert not all(torch.equal(a, b) for a, b in zip(now, policy))
+    resumed = trained(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    for a, b in zip(whole.params, resumed.params, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_micro_batches_carry_the_share_of_their_samples(tmp_path):

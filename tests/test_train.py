@@ -246,7 +246,7 @@ def test_nan_stops_before_the_weights_change_and_keeps_the_last_checkpoint(tmp_p
 BAD = [
     (dict(sample_eta=0.0), "sample_eta is 0"),
     (dict(train_batch_size=3), "8 x 1 = 8.*3 x 1 = 3"),
-    (dict(method="ddpo_i"), "unknown method 'ddpo_i': did you mean ddpo_is"),
+    (dict(method="ddpo_i"), "no method called 'ddpo_i'; did you mean ddpo_is"),
     (dict(reward_fn="jpeg_compresibility"), "did you mean jpeg_compressibility"),
     (dict(prompt_fn="comon_animals"), "did you mean common_animals"),
     (dict(prompt_fn="/no/such/prompts.txt"), "no file"),

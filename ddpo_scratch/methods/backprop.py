@@ -28,16 +28,11 @@ def _step(denoiser, x_t, t, t_next, c, rule, generators, checkpoint=False):
     noise = draw(generators, denoiser.latent_shape, denoiser.device) if (std > 0).any() else 0.0
     return (mean + std * noise).to(x_t.dtype)
 
-# %% ../../nbs/book/08_backprop.ipynb #9534a2f1
+# %% ../../nbs/book/08_backprop.ipynb #ea97679b
 @torch.no_grad()
 def _prefix(denoiser, c, grid, n, rule, generators, dtype):
     "Draw x_T and take the first n steps, which autograd does not see."
-    if len(generators) != len(c):
-        raise ValueError(
-            f"{len(generators)} generators for {len(c)} samples: "
-            "give one per sample, e.g. generator_for(seed, epoch, i)"
-        )
-    x_t = draw(generators, denoiser.latent_shape, denoiser.device).to(dtype)
+    x_t = draw(generators, denoiser.latent_shape, denoiser.device, len(c)).to(dtype)
     for t, t_next in zip(grid[:n], grid[1 : n + 1]):
         x_t = _step(denoiser, x_t, t, t_next, c, rule, generators)
     return x_t

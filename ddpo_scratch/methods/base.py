@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'Method', 'Denoising', 'method_names', 'find_method', 'PolicyCopy']
 
-# %% ../../nbs/library/20_methods.ipynb #2a066c32
+# %% ../../nbs/library/20_methods.ipynb #0926c1d7
 import contextlib
 import functools
 import importlib
@@ -13,15 +13,14 @@ import math
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
-from ..named import build, parse_call
-from ..rollout import Rollout, sample, step_kl, step_rule
+from ..named import build, check_known, parse_call
+from ..rollout import Rollout, noise_left, sample, step_kl, step_rule
 
-# %% ../../nbs/library/20_methods.ipynb #83a04693
+# %% ../../nbs/library/20_methods.ipynb #eb6d0f22
 @dataclass
 class Batch:
     "Pick n transitions of an epoch's samples: what `Method.loss` is given."
@@ -29,7 +28,7 @@ class Batch:
     rollout: Rollout  # of the whole epoch, as `Method.keep` left it
     sample: Tensor  # (n,) long, which trajectory
     step: Tensor  # (n,) long, which of its steps
-    weight: Tensor  # (n,) advantages or weights of the samples
+    weight: Tensor  # (n,) what `Method.weights` says of the samples; (n, k) where it says more
     device: torch.device  # where the network is
     draws: tuple = ()  # what `Method.draws` drew, these n rows of it
     kl_share: Tensor = None  # (n,) how much of the penalty each pays, 1 in the mean; None: all pay
@@ -84,14 +83,16 @@ class Batch:
             return penalties.mean()
         return (penalties * self.kl_share.to(penalties)).mean()
 
-# %% ../../nbs/library/20_methods.ipynb #1e6f8955
+# %% ../../nbs/library/20_methods.ipynb #82572ea3
 class Method:
     "Turn scored samples into gradients; subclass it in a room of its own."
 
     name = ""  # what config.method calls it; a class without a name is a base of others
     differentiable = False  # must the reward have a gradient?
     keeps_policy = False  # does it keep a `PolicyCopy`?
+    asks_base = False  # does its loss compare with the base model, also without a KL penalty?
     named = {}  # name -> class, of all methods
+    anchored_at = None  # PolicyCopy that penalties compare with; None: the base model
 
     @dataclass(frozen=True)
     class Options:
@@ -160,6 +161,11 @@ class Method:
         return config.sample_num_steps, training, differentiated
 
     @classmethod
+    def transitions(cls, config) -> int:  # 1 .. T
+        "Count the steps of a sample that one update trains, where samples are collected first."
+        return config.steps_per_sample
+
+    @classmethod
     def states_kept(cls, config) -> int:  # latents of a trajectory
         "Count the latents that wait for training."
         return config.sample_num_steps + 1
@@ -195,6 +201,10 @@ class Method:
     def prepare(self, denoiser) -> None:
         "Do what a run begins with, e.g. copy the policy; a checkpoint is read afterwards."
 
+    def prompts(self, prompts, metadata, starts) -> tuple:  # as many prompts, their metadata
+        "Say what n samples are of: what the run has drawn, unless the method brings its own."
+        return prompts, metadata
+
     def before_epoch(self, denoiser) -> None:
         "Do what comes before an epoch's samples, e.g. copy the policy that will draw them."
 
@@ -213,7 +223,7 @@ class Method:
         "Drop what training will not ask of a rollout."
         return rollout
 
-    def weights(self, rewards, prompts) -> Tensor:  # (n,) float32
+    def weights(self, rewards, prompts) -> Tensor:  # (n,) float32, or (n, k): rows for `loss`
         "Weigh the samples of a whole epoch, of all processes, by their rewards (n,)."
         raise NotImplementedError(f"{type(self).__name__} must define weights(rewards, prompts)")
 
@@ -224,6 +234,10 @@ class Method:
     def steps(self, path) -> Tensor:  # (k,) long
         "Choose the steps of a trajectory that may be trained on."
         return torch.arange(self.config.sample_num_steps)
+
+    def noise_left(self, path) -> float:  # standard deviation, where a latent has about 1
+        "Measure the noise that sampling leaves in its pictures: `rollout.noise_left`."
+        return noise_left(path, self.config.sample_num_steps, self.rule)
 
     def replay(self, denoiser, batch) -> None:
         "Renew what was recorded while sampling, where training computes in another precision."
@@ -238,8 +252,21 @@ class Method:
 
     def penalty(self, denoiser, batch) -> Tensor:  # scalar with a gradient
         "Measure KL(policy || base model) at the states of a Batch, per step and dimension."
-        kl = step_kl(denoiser, batch.x_t, batch.t, batch.t_next, batch.c, self.rule)
-        return batch.paid(kl)
+        where, reference = (batch.x_t, batch.t, batch.t_next), self.reference(denoiser)
+        return batch.paid(step_kl(denoiser, *where, batch.c, self.rule, reference))
+
+    def reference(self, denoiser) -> contextlib.AbstractContextManager:  # to be entered once
+        "Let the one whom a penalty compares with answer while inside."
+        if self.anchored_at is None:
+            return denoiser.reference()
+        return self.anchored_at.in_place(denoiser)
+
+    def anchor_here(self, denoiser) -> None:
+        "Let penalties compare with the policy as it is now, from here on."
+        if self.anchored_at is None:
+            self.anchored_at = PolicyCopy(denoiser)
+        else:
+            self.anchored_at.follow(denoiser)
 
     def chain(self, denoiser, c, generators, generator) -> tuple:  # x0 (m*b, *latent), gauges
         "Draw pictures with a gradient, m copies of each sample: differentiable methods only."
@@ -258,6 +285,11 @@ class Method:
     def tensors(self) -> dict:  # name -> Tensor, the method's own and not a copy
         "List what else a checkpoint must hold; what it held is copied into these, in place."
         return {}
+
+    def memory(self) -> dict:  # name -> Tensor, not a copy
+        "List all tensors for a checkpoint: the method's own, and those of such a reference."
+        copy = self.anchored_at.tensors() if self.anchored_at else {}
+        return self.tensors() | {f"reference.{name}": tensor for name, tensor in copy.items()}
 
 # %% ../../nbs/library/20_methods.ipynb #b68f1202
 def _fits(value, default):
@@ -318,21 +350,17 @@ def method_names() -> list:  # of str, sorted
     _import_all()
     return sorted(Method.named)
 
-# %% ../../nbs/library/20_methods.ipynb #1b7e8f56
+# %% ../../nbs/library/20_methods.ipynb #a1299170
 def find_method(
     text,  # name of a method, perhaps with options in brackets
 ) -> type:  # subclass of Method
     "Look a method up; a ValueError lists the known ones."
     name = str(text).partition("(")[0].strip()
     if name not in Method.named:
-        names = method_names()
-        if name not in names:
-            close = get_close_matches(name, names, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(f"unknown method {name!r}: {hint}expected one of {', '.join(names)}")
+        check_known(name, method_names(), "method", "method", also="")
     return Method.named[name]
 
-# %% ../../nbs/library/20_methods.ipynb #b38cd700
+# %% ../../nbs/library/20_methods.ipynb #f6321d9c
 class PolicyCopy:
     "Hold a copy of the trained weights of a denoiser's network."
 
@@ -367,12 +395,14 @@ class PolicyCopy:
     ) -> Iterator:  # of nothing, once
         "Let the copy answer for the policy, without a gradient, while inside."
         params = self._trained(denoiser)
+        now = [p.data for p in params]
         with torch.no_grad():
-            now = [p.clone() for p in params]
-            for p, old in zip(params, self.weights):
-                p.copy_(old)
             try:
+                # storages change places: written over, weights would spoil the gradient of a pass
+                # that was made before
+                for p, old in zip(params, self.weights):
+                    p.data = old
                 yield
             finally:
                 for p, kept in zip(params, now):
-                    p.copy_(kept)
+                    p.data = kept

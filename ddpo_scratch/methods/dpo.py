@@ -231,10 +231,11 @@ def _gauges(counted, margin, **changes):
     columns = dict(preferred=(margin > 0).float(), margin=margin, **changes)
     return {name: (column * counted).sum() / n for name, column in columns.items()}
 
-# %% ../../nbs/book/12_preference.ipynb #aa5e72e8
+# %% ../../nbs/book/12_preference.ipynb #4dd1f5e1
 class Preference(Denoising):
     "Compare a policy's denoising errors with the base model's: what these methods share."
 
+    asks_base = True
     rows = 1  # pictures that are asked about for one sample
 
     @dataclass(frozen=True)
@@ -268,11 +269,6 @@ class Preference(Denoising):
     def depth(cls, config) -> int:  # network passes
         "Count the pictures of a row: their activations are held together."
         return cls.rows
-
-    def prepare(self, denoiser) -> None:
-        "Keep the base model where no LoRA can be switched off."
-        if not self.config.use_lora:
-            denoiser.keep_reference()
 
     def errors(self, denoiser, batches) -> tuple:  # the policy's and the base model's, k of (n,)
         "Measure the denoising losses of k Batches of n rows with the first one's noise and times."
@@ -347,7 +343,7 @@ class DPO(Preference):
         margin = self.options.beta / 2 * (changes[1] - changes[0])
         return losses, _gauges(paired, margin, winner_change=changes[0], loser_change=changes[1])
 
-# %% ../../nbs/book/12_preference.ipynb #8b08d906
+# %% ../../nbs/book/12_preference.ipynb #5dd69b2c
 class OfflineDPO(DPO):
     "Train on pairs that somebody has labelled (Diffusion-DPO, arXiv 2311.12908)."
 
@@ -386,7 +382,6 @@ class OfflineDPO(DPO):
 
     def prepare(self, denoiser) -> None:
         "Read the pairs; find how high and wide the model's pictures are by decoding one."
-        super().prepare(denoiser)
         x0 = torch.zeros(1, *denoiser.latent_shape, device=denoiser.device)
         with torch.no_grad():
             self.size = denoiser.decode(x0).shape[-2:]
@@ -401,12 +396,14 @@ class OfflineDPO(DPO):
             out.append((self.pairs[drawn[i % group // 2]], i % 2 == 0))
         return out
 
+    def prompts(self, prompts, metadata, starts) -> tuple:  # as many prompts, their metadata
+        "Take the prompts of the pairs, about which a file has no metadata."
+        return [pair.prompt for pair, _ in self.chosen(starts)], [{} for _ in starts]
+
     def sample(self, denoiser, c, generators, dtype=torch.float32, starts=None) -> Rollout:  # of x0
-        "Encode pictures and prompts of the file in place of drawing: the given c is not used."
-        chosen = self.chosen(starts)
-        files = [pair.winner if won else pair.loser for pair, won in chosen]
+        "Encode the pictures of the pairs in place of drawing; c is that of their prompts."
+        files = [pair.winner if won else pair.loser for pair, won in self.chosen(starts)]
         x0 = encode_pictures(denoiser, torch.stack([_opened(file, *self.size) for file in files]))
-        c = denoiser.encode([pair.prompt for pair, _ in chosen])
         end = denoiser.path.grid(self.config.sample_num_steps)[-1:]
         return Rollout(x0[:, None].to(dtype), end, x0.new_zeros(len(x0), 0), c)
 
@@ -426,7 +423,7 @@ class OfflineDPO(DPO):
         "Say how the run's reward judges the pairs."
         return dict(advantage_spread=1.0, agreement=self._agreement)
 
-# %% ../../nbs/book/12_preference.ipynb #6eb8fb99
+# %% ../../nbs/book/12_preference.ipynb #dab33499
 class KTO(Preference):
     "Like or dislike each picture by itself (Diffusion-KTO, arXiv 2404.04465)."
 
@@ -443,11 +440,7 @@ class KTO(Preference):
 
     def draws(self, denoiser, n, generator) -> tuple:  # eps (n, *latent), t (n,)
         "Anchor an update at the mean improvement of the one before, then draw as the others do."
-        total = torch.tensor(self._seen, dtype=torch.float64)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            total = total.to(denoiser.device)
-            torch.distributed.all_reduce(total)  # one anchor for all processes
-        gain, count = total.tolist()
+        gain, count = self._together(denoiser)
         self.anchor = max(0.0, gain / count) if count else 0.0
         self._seen = [0.0, 0.0]
         return super().draws(denoiser, n, generator)
@@ -464,6 +457,19 @@ class KTO(Preference):
         self._seen[1] += label.abs().sum().item()
         margin = self.options.beta * label * (gain - self.anchor)
         return losses, _gauges(label != 0, margin, gain=gain)
+
+    def _together(self, denoiser):
+        "Add up what all processes have seen."
+        total = torch.tensor(self._seen, dtype=torch.float64)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            total = total.to(denoiser.device)
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def after_epoch(self, denoiser) -> None:
+        "Share what was seen: a checkpoint holds one process's memory, and gives it to all."
+        # added up once more it only counts everything so many times, and the mean stays
+        self._seen = self._together(denoiser)
 
     def state_dict(self) -> dict:  # of the sums behind the next anchor
         "Say what a checkpoint must hold."

@@ -32,7 +32,7 @@ def spread_steps(
     first = float(torch.rand((), generator=generator, dtype=torch.float64))
     return [int((first + j) * n_steps / k) for j in range(k)]
 
-# %% ../../nbs/library/52_gradients.ipynb #dad97eae
+# %% ../../nbs/library/52_gradients.ipynb #92417f72
 def _asking(asked, grad, checkpoint):
     "Let a function run without autograd, with it, or with it and once more in backward."
     if not grad:
@@ -44,17 +44,7 @@ def _noise(denoiser, std, generators):
     "Draw a step's noise where it has any, as `sample` does."
     return draw(generators, denoiser.latent_shape, denoiser.device) if (std > 0).any() else 0.0
 
-
-def _start(denoiser, c, generators, dtype):
-    "Draw x_T, a stream for each sample."
-    if len(generators) != len(c):
-        raise ValueError(
-            f"{len(generators)} generators for {len(c)} samples: "
-            "give one per sample, e.g. generator_for(seed, epoch, i)"
-        )
-    return draw(generators, denoiser.latent_shape, denoiser.device).to(dtype)
-
-# %% ../../nbs/library/52_gradients.ipynb #8314342a
+# %% ../../nbs/library/52_gradients.ipynb #99c8d3d3
 def drtune_sample(
     denoiser,  # Denoiser; gradients flow into it
     c,  # Conditioning of b samples
@@ -68,7 +58,7 @@ def drtune_sample(
 ) -> Tensor:  # x0 (b, *latent) with a gradient; without `stop` the numbers of `sample(...).x0`
     "Sample; let gradients pass beside the network, never through its input (DRTune, 2405.00760)."
     grid, rule = denoiser.path.grid(n_steps), step_rule(rule)
-    x_t = _start(denoiser, c, generators, dtype)
+    x_t = draw(generators, denoiser.latent_shape, denoiser.device, len(c)).to(dtype)
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
         t, t_next = (time.to(x_t.device).expand(len(x_t)) for time in (t, t_next))
         wide = widen(x_t)
@@ -113,7 +103,7 @@ def _base_mean(denoiser, t, t_next, c, rule, x_t):
     with denoiser.reference():
         return policy(denoiser, x_t, t, t_next, c, rule)[0]
 
-# %% ../../nbs/library/52_gradients.ipynb #7f273b05
+# %% ../../nbs/library/52_gradients.ipynb #08ac0b7e
 def adjoint_sample(
     denoiser,  # Denoiser with a reference; gradients flow into it
     c,  # Conditioning of b samples
@@ -128,7 +118,8 @@ def adjoint_sample(
     grid, usable = denoiser.path.grid(n_steps), trainable_steps(denoiser.path, n_steps, rule)
     if not trained or not set(trained) <= set(usable.tolist()):
         raise ValueError(f"trained={trained}: choose steps with a density, of {usable.tolist()}")
-    x_t, kls = _start(denoiser, c, generators, dtype), []
+    x_t = draw(generators, denoiser.latent_shape, denoiser.device, len(c)).to(dtype)
+    kls = []
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
         base_mean = partial(_base_mean, denoiser, t, t_next, c, rule)
         ask = _asking(policy, i in trained, checkpoint)

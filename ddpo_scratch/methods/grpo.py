@@ -59,7 +59,7 @@ def group_advantages(
         raise ValueError(f"group_advantages: spread is {spread!r}: use global, within or prompt")
     return (centred / (std + eps)).float()
 
-# %% ../../nbs/book/10_grpo.ipynb #0ce02785
+# %% ../../nbs/book/10_grpo.ipynb #17f9f535
 def published_kl(
     denoiser,  # Denoiser with a reference; gradients flow into the policy's mean
     x_t,  # (b, *latent) state, as data
@@ -67,11 +67,12 @@ def published_kl(
     t_next,  # int or (b,)
     c,  # Conditioning of the b samples
     rule,  # step rule
+    reference=None,  # as in `step_kl`
 ) -> Tensor:  # (b,), mean over dimensions
     "Measure the step's KL as Flow-GRPO's code does: by its std without the root of the time."
     now, _ = flow_coordinates(denoiser.path, t, x_t)
     later, _ = flow_coordinates(denoiser.path, t_next, x_t)
-    return (now - later).flatten() * step_kl(denoiser, x_t, t, t_next, c, rule)
+    return (now - later).flatten() * step_kl(denoiser, x_t, t, t_next, c, rule, reference)
 
 # %% ../../nbs/book/10_grpo.ipynb #2effc641
 def mean_distance(
@@ -169,7 +170,7 @@ def dppo_loss(
     stopped = (distance >= limit) & outward
     return torch.where(stopped, 0.0, -advantage * ratio)
 
-# %% ../../nbs/book/10_grpo.ipynb #639e12cb
+# %% ../../nbs/book/10_grpo.ipynb #543d4dd3
 RULES = dict(flow_sde=FlowSDE, cps=CPS, dance_sde=DanceSDE, ddim=FlowDDIM)
 _WORDS = dict(
     rule=tuple(RULES),
@@ -273,9 +274,14 @@ class FlowGRPO(PolicyGradient):
     def passes(cls, config) -> tuple:  # sampling, training, and those of training differentiated
         "Count the network's passes of a sample; means are recorded, and cost none."
         sampling, training, differentiated = super().passes(config)
-        usable = config.sample_num_steps - cls.options_of(config).drop_last
-        share = min(config.steps_per_sample, usable) / config.steps_per_sample
+        share = cls.transitions(config) / config.steps_per_sample
         return sampling, training * share, differentiated * share
+
+    @classmethod
+    def transitions(cls, config) -> int:  # 1 .. T
+        "Count the steps of a sample that one update trains: perhaps not the last one."
+        usable = config.sample_num_steps - cls.options_of(config).drop_last
+        return min(config.steps_per_sample, usable)
 
     @classmethod
     def states_kept(cls, config) -> int:  # latents of a trajectory
@@ -399,4 +405,5 @@ class FlowGRPO(PolicyGradient):
     def penalty(self, denoiser, batch) -> Tensor:  # scalar with a gradient
         "Measure KL(policy || base model) at the states of a Batch."
         measure = published_kl if self.options.kl == "published" else step_kl
-        return batch.paid(measure(denoiser, batch.x_t, batch.t, batch.t_next, batch.c, self.rule))
+        where, reference = (batch.x_t, batch.t, batch.t_next), self.reference(denoiser)
+        return batch.paid(measure(denoiser, *where, batch.c, self.rule, reference))

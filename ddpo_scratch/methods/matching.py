@@ -44,7 +44,7 @@ def matching_log_prob(
         return -error
     raise ValueError(f"weighting {weighting!r} is unknown: use 'adaptive', 'mse' or 'ghuber'")
 
-# %% ../../nbs/book/11_matching.ipynb #5ed2adf8
+# %% ../../nbs/book/11_matching.ipynb #aee21e1c
 @dataclass
 class _Answers:
     "Hold noised samples, and what policies say of them, in the network's own terms."
@@ -80,7 +80,6 @@ class Matching(Denoising):
     "Noise the samples' ends again and match a denoising target: what these methods share."
 
     keeps_policy = True
-    asks_base = False  # does its loss compare with the base model?
     lagging = False  # may the old policy lag behind, and then draw the samples?
     above_zero = ("rise",)  # options that must be
 
@@ -108,11 +107,6 @@ class Matching(Denoising):
         for name in cls.above_zero:
             if not getattr(options, name) > 0:
                 yield f"method: {name} is {getattr(options, name):g}, allowed is {name} > 0"
-        if cls.asks_base and not config.use_lora and not config.kl_weight:
-            yield (
-                f"{cls.name} compares with the base model, which full fine-tuning keeps only for "
-                "a penalty: set use_lora to true, or kl_weight above 0"
-            )
 
     @classmethod
     def asked(cls, config) -> int:  # network passes
@@ -196,7 +190,9 @@ class Matching(Denoising):
         with self.old.in_place(denoiser):
             answers = dict(old=denoiser(x_t, t, c))
         if self.asks_base or self.config.kl_weight:
-            with torch.no_grad(), denoiser.reference():
+            # a loss of the base model is of that alone; a penalty's reference may have moved
+            base = denoiser.reference() if self.asks_base else self.reference(denoiser)
+            with torch.no_grad(), base:
                 answers["base"] = denoiser(x_t, t, c)
         return answers
 
@@ -205,8 +201,6 @@ class Matching(Denoising):
         x0, (eps, t) = batch.x0, batch.draws
         eps, t = eps.to(x0), t.to(x0.device)
         x_t = denoiser.path.add_noise(x0, eps, t)
-        # the others first: to let an old policy answer, weights are changed in place, which the
-        # gradient of an earlier pass would not survive
         others = self.ask(denoiser, x_t, t, batch.c)
         now = denoiser(x_t, t, batch.c)
         weight = batch.weight.to(x0)

@@ -27,12 +27,12 @@ def importance_ratio(
         )
     return (log_prob - old_log_prob.detach()).exp()
 
-# %% ../../nbs/book/05_ppo.ipynb #8b9efd0d
+# %% ../../nbs/book/05_ppo.ipynb #dee3aeb4
 def ppo_loss(
     log_prob,  # (n,) or (b, T), with gradient: under the policy now
     old_log_prob,  # same shape, a constant: under the policy that drew the samples
     advantage,  # (n,) or (b,): the same shape, or one number for all T steps of a sample
-    clip_range,  # > 0: the ratio is clipped to 1 - clip_range ... 1 + clip_range
+    clip_range,  # > 0: the ratio, of log-probs as given, is clipped to 1 -+ clip_range
     reduction="mean",  # "mean" over samples and steps, or "none"
 ) -> Tensor:  # scalar to minimise, or the shape of log_prob
     "Compute PPO's clipped surrogate with the sign turned (Schulman et al. 2017, eq. 7)."
@@ -52,12 +52,12 @@ def ppo_loss(
     losses = -torch.minimum(unclipped, clipped)
     return losses.mean() if reduction == "mean" else losses
 
-# %% ../../nbs/book/05_ppo.ipynb #86398d8f
+# %% ../../nbs/book/05_ppo.ipynb #d58cadf4
 def approx_kl(
     log_prob,  # (n,) or (b, T): under the policy now
     old_log_prob,  # same shape: under the policy that drew the samples
 ) -> Tensor:  # scalar >= 0, no gradient
-    "Halve the mean squared log-ratio: KL(old || now) to second order in the log-ratio."
+    "Halve the mean squared log-ratio: KL(old || now) of what the log-probs are of."
     if log_prob.shape != old_log_prob.shape:
         raise ValueError(
             f"approx_kl: log_prob {tuple(log_prob.shape)} and old_log_prob "
