@@ -295,10 +295,10 @@ def test_another_model_gets_a_preset_that_fits_and_says_so(capsys):
     assert c.train_learning_rate < 1e-3 and c.sample_num_steps > 20
 
 
-def test_a_model_that_no_preset_fits_stops_and_three_are_named(capsys, monkeypatch):
+def test_a_model_that_no_preset_fits_stops_and_some_are_named(capsys, monkeypatch):
     message = mistake(capsys, "ddpo_train", "--model", "somebody/their-model", "--dry_run")
     assert "no preset is known to fit 'somebody/their-model'" in message
-    assert "--preset a100_sd15, a100_sdxl, t4_sd15, or --preset tiny" in message
+    assert "--preset a100_sd15, a100_sd35, a100_sdxl, t4_sd15, or --preset tiny" in message
 
 
 def test_a_preset_that_is_named_is_taken_without_a_word(capsys):

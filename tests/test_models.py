@@ -93,8 +93,10 @@ def test_a_class_of_ones_own_counts_and_its_children_do_not_inherit_the_pipeline
 
 
 def test_other_classes_are_told_so_before_their_weights_are_read(tmp_path):
-    with pytest.raises(ValueError, match="is a FluxPipeline: expected one of .*StableDiffusionXL"):
-        base.load(write_index(tmp_path, "FluxPipeline"))
+    with pytest.raises(
+        ValueError, match="is a KolorsPipeline: expected one of .*StableDiffusionXL"
+    ):
+        base.load(write_index(tmp_path, "KolorsPipeline"))
 
 
 @pytest.mark.parametrize("name", ["owner/unheard-of", "no/such/folder", "./missing"])

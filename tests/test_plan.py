@@ -130,7 +130,8 @@ def test_every_preset_is_described(name):
         assert head in heads
     assert "network passes" in heads and "memory" in heads and "time" in heads
     first = text.splitlines()[0]
-    assert preset(name).model in first and len(first) < 200
+    # MixGRPO names four rewards, and a method with five options
+    assert preset(name).model in first and len(first) < (240 if name == "mix_grpo_flux" else 200)
     assert not re.search(r"\b1 (epochs|steps|pictures|passes)\b", text)
     assert "unet" not in text.lower() and "u-net" not in text.lower()
 
@@ -300,7 +301,12 @@ def test_presets_of_a_models_kind():
         "drlx_pickapic",
     }
     assert suggest_presets("no/such-model-known") == ()
-    together = [name for model in ("tiny", SD1, SDXL) for name in suggest_presets(model)]
+    sd35, flux, qwen = (preset(n).model for n in ("a100_sd35", "flow_grpo_flux", "flow_grpo_qwen"))
+    assert suggest_presets(sd35)[0] == "a100_sd35" and "flow_grpo_ocr" in suggest_presets(sd35)
+    assert set(suggest_presets(flux)) == {"dance_grpo_flux", "flow_grpo_flux", "mix_grpo_flux"}
+    assert suggest_presets(qwen) == ("flow_grpo_qwen",)
+    models = ("tiny", SD1, SDXL, sd35, flux, qwen)
+    together = [name for model in models for name in suggest_presets(model)]
     assert sorted([*together, "drlx_imagenet", "drlx_pickapic"]) == preset_names()
 
 

@@ -470,9 +470,13 @@ def test_one_process_and_two_make_the_same_updates(tmp_path):
         place.mkdir()
         shares = dict(sample_batch_size=8 // world, train_batch_size=8 // world)
         fields = SMALL | RUN | shares | dict(model=folder("sd35_medium"), kl_weight=0.04)
+        # a smooth reward: of file sizes a byte more or less is a fifth of a group's spread
+        fields |= dict(reward_fn="brightness")
         runs = {
-            "flow_grpo": fields | dict(method="flow_grpo", logdir=str(place)),
-            "nft": fields | dict(method="nft", logdir=str(place), kl_weight=0.0),
+            # the last step's noise is 0.006: divided by its square, rounding is a KL gradient
+            "flow_grpo": fields | dict(method="flow_grpo(drop_last=True)", logdir=str(place)),
+            # matching draws its noise on each process, and is equal in the mean alone
+            "ddpo_is": fields | dict(method="ddpo_is", logdir=str(place), kl_weight=0.0),
         }
         cpu = dict(ACCELERATE_USE_CPU="true")
         processes.run(tmp_path / "script.py", place, json.dumps(runs), world=world, **cpu)

@@ -229,7 +229,7 @@ def test_factors_are_one_in_the_mean_of_a_group():
         (lambda: find_shaping("gardo(diversity=1)"), "True or False"),
         (lambda: find_shaping("gardo(refresh=-1)"), "a number of epochs, or 0"),
         (lambda: find_shaping("gardo(refresh=True)"), "a number of epochs, or 0"),
-        (lambda: find_shaping("file.py:Mine"), "expected one of"),
+        (lambda: find_shaping("file.py:Mine"), "no shaping called .*; known: "),
     ],
 )
 def test_bad_input(call, words):
