@@ -365,6 +365,15 @@ def inputs(denoiser, seed=0):
     return x, torch.tensor([0.8, 0.3]), denoiser.encode(PROMPTS)
 
 
+# of runs that ask only whether nothing is forgotten
+RUN = dict(
+    sample_num_steps=3,
+    sample_images_per_prompt=2,
+    sample_batch_size=4,
+    train_batch_size=2,
+    train_micro_batch_size=4,
+)
+
 # what the published models are made of, as far as their sizes depend on it
 
 _FLUX = ("diffusers", "FluxTransformer2DModel")

@@ -1,5 +1,7 @@
 "Small runs that several test files share."
 
+import torch
+
 from ddpo_scratch.config import TrainConfig
 from ddpo_scratch.runlog import read_metrics
 from ddpo_scratch.setup import setup
@@ -42,3 +44,14 @@ def leave_in(config, epoch, **parts):
     for step in train(config, **parts):
         if step.epoch == epoch:
             return
+
+
+def whole_and_resumed(tmp_path, **fields):
+    "Train in one go, and cut off in the second epoch and resumed: the same numbers, bit for bit."
+    whole = trained(small(tmp_path, run_name="whole", **fields))
+    leave_in(small(tmp_path, run_name="cut", **fields), epoch=2)
+    resumed = trained(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
+    assert whole.method.state_dict() == resumed.method.state_dict()
+    return whole, resumed

@@ -8,7 +8,7 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import SMALL, leave_in, numbers, small, trained
+from runs import SMALL, numbers, small, whole_and_resumed
 from samples import randn
 from torch.distributions import Normal
 from torch.testing import assert_close
@@ -493,12 +493,7 @@ def test_findings():
 def test_resumed_run_is_the_uninterrupted_one(name, table, tmp_path):
     fields = dict(method=texts(table)[name], train_timestep_fraction=0.5, num_epochs=2)
     fields |= dict(sample_num_steps=3, sample_batch_size=4, train_batch_size=2)
-    whole = trained(small(tmp_path, run_name="whole", **fields))
-    leave_in(small(tmp_path, run_name="cut", **fields), epoch=2)
-    resumed = trained(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
-    assert whole.method.state_dict() == resumed.method.state_dict()
+    whole, resumed = whole_and_resumed(tmp_path, **fields)
     first, last = numbers(tmp_path / "whole")
     # at the first of all updates the policy is the base model
     assert first["grad_norm"] > 0 and last["grad_norm"] > 0

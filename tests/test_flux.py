@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from flow_models import (
+    RUN,
     PROMPTS,
     flux_configs,
     folder,
@@ -20,7 +21,7 @@ from flow_models import (
     streams,
     watched,
 )
-from runs import leave_in, numbers, small, trained
+from runs import small, whole_and_resumed
 
 from ddpo_scratch.flow import CPS, ODE, FlowPath, FlowSDE
 from ddpo_scratch.models import base, flux
@@ -271,31 +272,19 @@ METHODS = {
     "awm": dict(method="awm", kl_weight=0.1),
     "drtune": dict(method="drtune(early=0)", reward_fn="brightness"),
 }
-RUN = dict(
-    height=32,
-    width=32,
-    sample_num_steps=3,
-    sample_images_per_prompt=2,
-    sample_batch_size=4,
-    train_batch_size=2,
-    train_micro_batch_size=4,
-)
+PICTURE = dict(height=32, width=32)
 
 
 @pytest.mark.parametrize("fields", METHODS.values(), ids=METHODS)
 def test_a_run_of_two_epochs_goes_on_from_a_checkpoint(tmp_path, fields):
-    fields = RUN | dict(model=folder("flux_dev")) | fields
-    whole = trained(small(tmp_path, run_name="whole", **fields))
-    leave_in(small(tmp_path, run_name="cut", **fields), epoch=2)
-    resumed = trained(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
+    fields = RUN | PICTURE | dict(model=folder("flux_dev")) | fields
+    whole, resumed = whole_and_resumed(tmp_path, **fields)
     moved = any(p.any() for p in resumed.params[1::2])  # the LoRA's second matrices begin at zero
     assert moved and all(p.isfinite().all() for p in resumed.params)
 
 
 def test_klein_trains_and_its_report_is_written(tmp_path):
-    fields = RUN | dict(model=folder("klein_base"), eval_num_images=2, eval_num_steps=2)
+    fields = RUN | PICTURE | dict(model=folder("klein_base"), eval_num_images=2, eval_num_steps=2)
     state = fit(small(tmp_path, run_name="a", method="flow_grpo", **fields))
     assert (tmp_path / "a" / "pytorch_lora_weights.safetensors").is_file(), state
 

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 from differences import slope_along
-from runs import leave_in, numbers, small, trained
+from runs import small, trained, whole_and_resumed
 from samples import generators, randn, schedule, with_lora
 from torch.testing import assert_close
 
@@ -447,11 +447,7 @@ RESUMED = {
 def test_resumed_run_equals_uninterrupted_run(tmp_path, fields):
     # few steps and pictures: only that nothing is forgotten is asked here
     fields = fields | dict(sample_num_steps=3, sample_batch_size=4, train_batch_size=2)
-    whole = trained(small(tmp_path, run_name="whole", **fields))
-    leave_in(small(tmp_path, run_name="cut", **fields), epoch=2)
-    resumed = trained(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
+    whole, resumed = whole_and_resumed(tmp_path, **fields)
 
 
 class Counting(GaussianDenoiser):

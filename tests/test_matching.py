@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from runs import leave_in, numbers, small, trained
+from runs import numbers, small, trained, whole_and_resumed
 from torch.testing import assert_close
 
 from ddpo_scratch.config import TrainConfig, check_config
@@ -340,12 +340,7 @@ RUNS = dict(zip(NAMES, NAMES)) | dict(
 @pytest.mark.parametrize("text", RUNS.values(), ids=RUNS)
 def test_resumed_run_equals_uninterrupted_run(tmp_path, text):
     fields = TINY | dict(method=text, kl_weight=0.01 if text == "awm" else 0.0)
-    whole = trained(small(tmp_path, run_name="whole", **fields))
-    leave_in(small(tmp_path, run_name="cut", **fields), epoch=2)
-    resumed = trained(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
-    assert whole.method.state_dict() == resumed.method.state_dict()
+    whole, resumed = whole_and_resumed(tmp_path, **fields)
     for name, tensor in whole.method.tensors().items():
         assert torch.equal(tensor, resumed.method.tensors()[name])
     rows = numbers(tmp_path / "whole")

@@ -11,8 +11,8 @@ import processes
 import pytest
 import torch
 import transformers
-from flow_models import PROMPTS, folder, inputs, shake, streams, watched
-from runs import SMALL, leave_in, numbers, small, trained
+from flow_models import PROMPTS, RUN, folder, inputs, shake, streams, watched
+from runs import SMALL, whole_and_resumed
 from safetensors.torch import load_file, save_file
 
 from ddpo_scratch import cli
@@ -420,24 +420,12 @@ METHODS = {
     "draft_lv": dict(method="draft_lv", reward_fn="brightness"),
     "drtune, whole": dict(method="drtune(early=1)", reward_fn="brightness", use_lora=False),
 }
-RUN = dict(
-    sample_num_steps=3,
-    sample_images_per_prompt=2,
-    sample_batch_size=4,
-    train_batch_size=2,
-    train_micro_batch_size=4,
-)
 
 
 @pytest.mark.parametrize("fields", METHODS.values(), ids=METHODS)
 def test_a_run_of_two_epochs_goes_on_from_a_checkpoint(tmp_path, fields):
     fields = RUN | dict(model=folder("sd35_medium")) | fields
-    whole = trained(small(tmp_path, run_name="whole", **fields))
-    leave_in(small(tmp_path, run_name="cut", **fields), epoch=2)
-    resumed = trained(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
-    assert whole.method.state_dict() == resumed.method.state_dict()
+    whole, resumed = whole_and_resumed(tmp_path, **fields)
     moved = resumed.params[1::2]  # a LoRA's second matrices begin at zero
     assert all(p.any() and p.isfinite().all() for p in moved[:4])
 

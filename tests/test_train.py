@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from runs import leave_in, numbers, small, trained
+from runs import numbers, small, trained, whole_and_resumed
 
 import ddpo_scratch.train as module
 from ddpo_scratch.checkpoint import find_checkpoint
@@ -60,12 +60,7 @@ RESUMED = {
 @pytest.mark.parametrize("fields", RESUMED.values(), ids=RESUMED)
 def test_resumed_run_equals_uninterrupted_run(tmp_path, fields):
     fields = fields | dict(num_epochs=3)
-    whole = trained(small(tmp_path, run_name="whole", **fields))
-    leave_in(small(tmp_path, run_name="cut", **fields), epoch=2)
-    resumed = trained(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
-    assert whole.method.state_dict() == resumed.method.state_dict()
+    whole, resumed = whole_and_resumed(tmp_path, **fields)
 
 
 def test_resumed_lora_run_goes_on_training(tmp_path):
@@ -153,10 +148,7 @@ def toy_red(images, prompts, metadata):
 def test_a_toy_method_and_a_toy_reward_train_and_resume(tmp_path):
     assert find_method("toy_follow") is Follow
     fields = dict(method="toy_follow", reward_fn="toy_red", num_epochs=3, kl_weight=0.1)
-    whole = trained(small(tmp_path, run_name="whole", **fields))
-    leave_in(small(tmp_path, run_name="cut", **fields), epoch=2)
-    resumed = trained(small(tmp_path, resume_from=str(tmp_path / "cut"), **fields))
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    whole, resumed = whole_and_resumed(tmp_path, **fields)
     assert resumed.method.best == whole.method.best == numbers(tmp_path / "cut")[-1]["best"]
     assert all("error" in row and row["kl"] >= 0 for row in numbers(tmp_path / "cut"))
 
