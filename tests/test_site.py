@@ -299,7 +299,7 @@ def exporting():
     "Return {module: the page of the notebook that exports it}."
     found = {}
     for path in nbt.notebooks():
-        words = re.search(r"#\| default_exp ([a-z_.]+)", path.read_text(encoding="utf-8"))
+        words = re.search(r"#\| default_exp ([a-z0-9_.]+)", path.read_text(encoding="utf-8"))
         if words and not words[1].endswith("__init__"):
             found[words[1]] = page_of(path)
     return found
