@@ -5,7 +5,12 @@
     python benchmarks/trl.py --trl_python trlenv/bin/python --compile  # and ours compiled
     python benchmarks/trl.py --trl_python trlenv/bin/python --tuned    # to the same reward
 
---help lists the options.
+--help lists the options. On a GPU, with random weights of a published model's shapes:
+
+    python benchmarks/trl.py --trl_python trlenv/bin/python --shape sd15   # all sides
+    python benchmarks/trl.py --shape sdxl                                  # ours alone
+    python benchmarks/trl.py --shape sd35m
+    python benchmarks/trl.py --trl_python ... --shape small --precision no # does it run? on a CPU
 
 Equal settings: 64 pictures an epoch in batches of 16, 20 steps, guidance 3, LoRA of rank 4 on
 attention, minibatches of 16, one process. Three sides: "trl" is TRL, "drop-in" is ddpo_scratch.trl
@@ -23,9 +28,15 @@ the clock. "here, recommended" is TrainConfig's defaults, "trl, its example" the
 TRL's example script; the other trials turn the same levers on both sides: guidance only where it
 pays, fewer steps, more updates an epoch, a fraction of the timesteps. One seed.
 
-Writes benchmarks/trl.json: under "equal" or "tuned", a row a side. A row that is there is measured
-again only when --only names it.
-"""
+Shapes: 16 pictures in 10 steps, guidance 5, LoRA of rank 4, float16. "batches of 4" and "of 16"
+are what goes through the network at a time, on both sides; "filled" is ours with
+train_micro_batch_size auto. One process takes all settings of a side, one after the other, and each
+row is written as it comes; no setting is begun after --minutes. Ours also notes what one update of
+one micro-batch launches, counted by torch.profiler: operators, and on a GPU kernels and the share
+of the time in which the device works. TRL knows neither SDXL nor Stable Diffusion 3.5.
+
+Writes benchmarks/trl.json: under "equal", "tuned" or a shape with its device, a row a side. A row
+that is there is measured again only when --only names it."""
 
 import argparse
 import io
@@ -266,6 +277,43 @@ def epochs_of_train(job):
             updates=metrics["global_step"],
         )
         queries, cpu = metrics["reward_queries"], time.process_time()
+    if job.get("profile"):
+        job["profiled"] = profile_of(state)
+        job["chosen"] = state.config.train_micro_batch_size
+
+
+def profile_of(state):
+    "Count what an update of one micro-batch launches, and the share of time the device works."
+    import dataclasses
+
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from ddpo_scratch.train import collect, update
+
+    size = max(1, state.config.train_micro_batch_size)
+    state.config = dataclasses.replace(state.config, sample_num_batches_per_epoch=1)
+    samples = collect(state)
+    rows = torch.arange(size) % len(samples.rollout)
+    steps = state.method.steps(state.denoiser.path)[:1].expand(size, 1)
+    update(state, samples, rows, steps)  # whatever is done once is done
+    on_gpu = torch.cuda.is_available()
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    start = now()
+    with profile(activities=kinds) as seen:
+        update(state, samples, rows, steps)
+        seconds = now() - start
+    events = seen.events()
+    out = dict(rows=size, seconds=round(seconds, 4))
+    # those that call no others: a linear layer is one matrix product
+    out["operators"] = sum(e.name.startswith("aten::") and not e.cpu_children for e in events)
+    if on_gpu:
+        kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+        out["kernels"] = len(kernels)
+        out["launches"] = sum("LaunchKernel" in event.name for event in events)
+        # of one stream: kernels do not overlap
+        busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
+        out["device_works"] = round(busy / seconds, 3)
+    return out
 
 
 def held_out(pipe, prompts, n_steps):
@@ -351,13 +399,16 @@ def measure(job):
             if size <= goal or seconds > job["limit"]:
                 break
     out = dict(peak_mib=round(memory() - (0 if torch.cuda.is_available() else loaded)), rows=rows)
+    out |= {name: job[name] for name in ("profiled", "chosen") if name in job}
     if goal is not None:
         out.update(goal_kb=goal, reached=rows[-1]["held_out_kb"] <= goal)
     return out
 
 
-def worker(job):
-    "Do a job, in a process of its own."
+def did(job):
+    "Do a job; return what it measured."
+    import gc
+
     import diffusers
     import torch
 
@@ -366,24 +417,59 @@ def worker(job):
     if job["side"] == "rate":
         rate = matrix_rate(job["fields"]["mixed_precision"])
         return dict(epoch_flops=epoch_flops(job), matrix_flops_per_second=rate)
-    return measure(job)
+    out = measure(job)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return out
+
+
+def worker(jobs):
+    "Do jobs, one after the other, in a process of their own; print a line of JSON for each."
+    for job in jobs:
+        print(json.dumps(did(job)), flush=True)
 
 
 # ---------------------------------------------------------------- the comparison
 
 
-def sd15_parts():
-    "Return the networks of Stable Diffusion 1.5's shapes but the text encoder, and a scheduler."
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+def text_encoder(tokenizer, width, layers, projected):
+    "Make a CLIP text encoder of a shape, with random weights."
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        sample_size=512,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    scheduler = DDIMScheduler(
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def decoder(channels=4, widths=(128, 256, 512, 512)):
+    "Make an autoencoder of Stable Diffusion's shape, with random weights."
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=channels,
+        sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        force_upcast=False,
+    )
+
+
+def vp_scheduler():
+    "Make the scheduler of Stable Diffusion 1 and XL."
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -391,50 +477,161 @@ def sd15_parts():
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    return dict(vae=vae, unet=unet, scheduler=scheduler)
 
 
-def make_sd15(folder):
-    "Write a pipeline of Stable Diffusion 1.5's shapes: random weights, the tiny tokenizer."
-    import torch
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
-    from ddpo_scratch.models.sd import load_pipeline
+def sd15(tokenizer):
+    "Make a pipeline of Stable Diffusion 1.5's shapes."
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    torch.manual_seed(0)
-    tiny = load_pipeline("tiny")
-    tiny.tokenizer.model_max_length = 77
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    sizes = dict(hidden_size=768, intermediate_size=3072)
-    layers = dict(num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
-    ids = {name: getattr(tiny.text_encoder.config, name) for name in names}
-    pipe = StableDiffusionPipeline(
-        text_encoder=CLIPTextModel(CLIPTextConfig(**sizes, **layers, **ids)),
-        tokenizer=tiny.tokenizer,
-        **sd15_parts(),
+    return StableDiffusionPipeline(
+        vae=decoder(),
+        text_encoder=text_encoder(tokenizer, 768, 12, projected=False),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        scheduler=vp_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.save_pretrained(folder)
+
+
+def small(tokenizer):
+    "Make a pipeline with Stable Diffusion 1.5's blocks, and a fraction of its channels."
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64, 64, 64), cross_attention_dim=64
+    )
+    return StableDiffusionPipeline(
+        vae=decoder(widths=(32, 32)),
+        text_encoder=text_encoder(tokenizer, 64, 2, projected=False),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=vp_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(tokenizer):
+    "Make a pipeline of Stable Diffusion XL's shapes."
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 2, 10],
+        attention_head_dim=[5, 10, 20],
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+    )
+    return StableDiffusionXLPipeline(
+        vae=decoder(),
+        text_encoder=text_encoder(tokenizer, 768, 12, projected=False),
+        text_encoder_2=text_encoder(tokenizer, 1280, 32, projected=True),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=vp_scheduler(),
+    )
+
+
+def sd35m(tokenizer):
+    "Make a pipeline of Stable Diffusion 3.5 medium's shapes, without T5, which nothing trains."
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    transformer = SD3Transformer2DModel(
+        sample_size=128,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        vae=decoder(channels=16),
+        text_encoder=text_encoder(tokenizer, 768, 12, projected=True),
+        text_encoder_2=text_encoder(tokenizer, 1280, 32, projected=True),
+        text_encoder_3=None,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+# shape -> how it is made, and whether TRL knows such pipelines
+SHAPES = dict(sd15=(sd15, True), small=(small, True), sdxl=(sdxl, False), sd35m=(sd35m, False))
+
+
+def write_old_tokenizer(folder):
+    "Write vocab.json and merges.txt beside a tokenizer.json, which transformers 4 reads alone."
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+
+
+def make_shape(name, folder, precision):
+    "Write a pipeline of a model's shapes: random weights, the embedded model's tokenizer."
+    import torch
+    from ddpo_scratch.models.sd import load_pipeline
+
+    make, _ = SHAPES[name]
+    tokenizer = load_pipeline("tiny").tokenizer
+    tokenizer.model_max_length = 77
+    torch.manual_seed(0)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    # billions of numbers are drawn where they are drawn fastest, and written as they are read
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        pipe = make(tokenizer)
+    pipe.to("cpu", dtype).save_pretrained(folder)
+    for part in Path(folder).glob("tokenizer*"):
+        write_old_tokenizer(part)
     return str(folder)
 
 
-def run(job, python):
-    "Do a job in a process of its own; return what it printed last."
+def run(jobs, python):
+    "Do jobs in one process of their own; yield what each has measured as it comes."
     with tempfile.TemporaryDirectory() as folder:
-        job = dict(job, folder=folder)
-        done = subprocess.run(
-            [python, __file__, "--worker", json.dumps(job)],
+        jobs = [dict(job, folder=folder) for job in jobs]
+        threads = str(jobs[0]["threads"])
+        process = subprocess.Popen(
+            [python, __file__, "--worker", json.dumps(jobs)],
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(job["threads"]), **QUIET},
+            env={**os.environ, "OMP_NUM_THREADS": threads, **QUIET},
             cwd=folder,
         )
-    if done.returncode:
-        raise SystemExit(f"{job['name']} failed: see above; its settings were {job['fields']}")
-    return json.loads(done.stdout.splitlines()[-1])
+        try:
+            for job in jobs:
+                line = next((line for line in process.stdout if line.startswith("{")), None)
+                if line is None:
+                    raise SystemExit(
+                        f"{job['name']} failed: see above; its settings were {job['fields']}"
+                    )
+                yield json.loads(line)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def equal_jobs(args):
@@ -459,6 +656,44 @@ def equal_jobs(args):
                     target=0,
                     limit=0,
                 )
+
+
+def shape_jobs(args):
+    "Yield the jobs of a shape: all of one side, then all of the next."
+    fields = dict(
+        sample_num_steps=4 if args.quick else 10,
+        sample_guidance_scale=5.0,
+        mixed_precision=args.precision,
+        seed=0,
+        train_learning_rate=3e-4,
+    )
+    sizes = (4, 16) if args.shape in ("sd15", "small") else (1, 4)
+    batches = {f"batches of {n}": (n, {}) for n in sizes}
+    filled = batches | {"filled": (16, dict(train_micro_batch_size="auto"))}
+    if args.compile:
+        filled["compiled"] = (4, dict(compile=True))
+    family = dict(sd35m=dict(method="flow_grpo", sample_eta=0.0)).get(args.shape, {})
+    for side in ("here", "trl", "drop-in"):
+        if side != "here" and not (SHAPES[args.shape][1] and args.trl_python):
+            continue
+        for name, (n, more) in (filled if side == "here" else batches).items():
+            drawn = dict(sample_batch_size=n, sample_num_batches_per_epoch=16 // n)
+            same = fields | drawn | dict(train_batch_size=n)
+            ours = AS_TRL | family | dict(train_micro_batch_size=n) | more
+            if args.shape == "sd35m":
+                ours |= dict(height=512, width=512, sample_images_per_prompt=4)
+            yield dict(
+                name=f"{name}, {side}",
+                side=side,
+                method="ddpo",
+                k=0,
+                compile=bool(ours.pop("compile", False)),
+                fields=same | ours if side == "here" else same,
+                epochs=1 + args.epochs,
+                target=0,
+                limit=0,
+                profile=side == "here",
+            )
 
 
 def tuned_jobs(args):
@@ -501,6 +736,7 @@ def summary(job, measured):
         out["queries"] = rows[-1]["queries_so_far"]
         out["reached"] = measured["reached"]
         out["goal_kb"] = round(measured["goal_kb"], 4)
+    out |= {name: measured[name] for name in ("profiled", "chosen") if name in measured}
     curve = []
     for row in measured["rows"]:
         curve.append({name: round(row[name], 4) for name in KEPT if name in row})
@@ -533,6 +769,11 @@ def equal_line(name, row, rows):
     trl = rows.get(f"{name.split(',')[0]}, trl")
     if trl:
         parts.append(f"{total(trl) / total(row):.2f} x TRL's speed")
+    if profiled := row.get("profiled"):
+        parts.append(f"{profiled['operators']} operators for {profiled['rows']} transitions")
+    if "kernels" in row.get("profiled", {}):
+        works = f"the device works {profiled['device_works']:.0%} of the time"
+        parts.append(f"{profiled['kernels']} kernels, {profiled['launches']} launches, {works}")
     if "share_of_matrix_rate" in row:
         parts.append(f"{row['share_of_matrix_rate']:.0%} of the device's matrix rate")
     return ", ".join(parts)
@@ -540,7 +781,7 @@ def equal_line(name, row, rows):
 
 def share_of_matrix_rate(job, row):
     "Return which share of the device's rate on matrix products a row reaches."
-    rate = run(job | dict(side="rate"), sys.executable)
+    (rate,) = run([job | dict(side="rate")], sys.executable)
     return round(rate["epoch_flops"] / total(row) / rate["matrix_flops_per_second"], 4)
 
 
@@ -560,8 +801,8 @@ def folder_of(args, scratch):
     "Return the pipeline folder that all sides load."
     from ddpo_scratch.models.sd import TINY
 
-    if args.shape == "sd15":
-        return make_sd15(scratch)
+    if args.shape:
+        return make_shape(args.shape, Path(scratch) / "model", args.precision)
     return str(TINY if args.model == "tiny" else Path(args.model).resolve())
 
 
@@ -581,7 +822,8 @@ def about_run(args, model):
 
 def jobs_to_do(args, rows):
     "List the jobs that --only names, whose rows are dropped, or else those without a row."
-    jobs = list((tuned_jobs if args.tuned else equal_jobs)(args))
+    kind = shape_jobs if args.shape else tuned_jobs if args.tuned else equal_jobs
+    jobs = [job for job in kind(args) if args.trl_python or job["side"] != "trl"]
     if not args.only:
         return [job for job in jobs if job["name"] not in rows]
     for name in [name for name in rows if args.only in name]:
@@ -589,23 +831,51 @@ def jobs_to_do(args, rows):
     return [job for job in jobs if args.only in job["name"]]
 
 
+def part_of(args, about):
+    "Name the part of the log: a shape has one for each device that it ran on."
+    if args.shape:
+        return f"{args.shape} on {about['device']}"
+    return "tuned" if args.tuned else "equal"
+
+
+def in_processes(args, jobs):
+    "Group jobs by the process that does them: of a shape, all of a side; otherwise one each."
+    jobs = jobs * (1 if args.tuned else args.rounds)
+    if not args.shape:
+        return [[job] for job in jobs]
+    sides = dict.fromkeys(job["side"] for job in jobs)
+    return [[job for job in jobs if job["side"] == side] for side in sides]
+
+
+def kept_row(args, job, measured, rows):
+    "Make the row of a job that was measured once more, with the rate that it reaches."
+    row = summary(job, measured)
+    row["load"] = round(os.getloadavg()[0], 1)
+    if args.tuned:
+        return row
+    row = faster(row, rows.get(job["name"]))
+    if args.rate and job["side"] == "here" and job["method"] == "ddpo":
+        row["share_of_matrix_rate"] = share_of_matrix_rate(job, row)
+    return row
+
+
 def compare(args, model, python):
     "Do the jobs, and write and print each row as it comes."
-    part = "tuned" if args.tuned else "equal"
+    about, start = about_run(args, model), time.monotonic()
     path = Path(tempfile.gettempdir()) / "trl_quick.json" if args.quick else HERE / "trl.json"
-    log, rows = open_log(path, part, about_run(args, model))
+    log, rows = open_log(path, part_of(args, about), about)
     line = tuned_line if args.tuned else equal_line
-    for job in jobs_to_do(args, rows) * (1 if args.tuned else args.rounds):
-        job = dict(job, model=model, threads=args.threads, quick=args.quick)
-        row = summary(job, run(job, python if job["side"] == "trl" else sys.executable))
-        row["load"] = round(os.getloadavg()[0], 1)
-        if not args.tuned:
-            row = faster(row, rows.get(job["name"]))
-            if args.rate and job["side"] == "here" and job["method"] == "ddpo":
-                row["share_of_matrix_rate"] = share_of_matrix_rate(job, row)
-        rows[job["name"]] = row
-        path.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-        print(line(job["name"], row, rows), flush=True)
+    for jobs in in_processes(args, jobs_to_do(args, rows)):
+        jobs = [dict(j, model=model, threads=args.threads, quick=args.quick) for j in jobs]
+        measured = run(jobs, python if jobs[0]["side"] == "trl" else sys.executable)
+        for job in jobs:
+            if args.minutes and time.monotonic() - start > 60 * args.minutes:
+                print(f"{job['name']}: not begun, {args.minutes:g} minutes are over", flush=True)
+                continue
+            rows[job["name"]] = kept_row(args, job, next(measured), rows)
+            path.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+            print(line(job["name"], rows[job["name"]], rows), flush=True)
+        measured.close()
     print()
     for name, row in rows.items():
         print(line(name, row, rows))
@@ -615,13 +885,16 @@ def options():
     "Return the command line's parser."
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("--trl_python", required=True, help="python of an environment with trl==0.23.1")
+    p.add_argument(
+        "--trl_python", help="python of an environment with trl==0.23.1; else ours alone"
+    )
     p.add_argument("--model", default="tiny", help="'tiny' or a folder in diffusers' format")
-    p.add_argument("--shape", choices=["sd15"], help="random weights of SD 1.5's shapes instead")
-    p.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
+    p.add_argument("--shape", choices=[*SHAPES], help="random weights of a model's shapes instead")
+    p.add_argument("--minutes", type=float, help="begin no setting later; of a shape 12")
+    p.add_argument("--precision", choices=["no", "bf16", "fp16"], help="no, and of a shape fp16")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--epochs", type=int, default=1, help="measured in a round, after a warm-up")
-    p.add_argument("--rounds", type=int, default=2, help="turns that the sides take")
+    p.add_argument("--rounds", type=int, help="turns that the sides take: 2, and of a shape 1")
     p.add_argument("--full_chain", action="store_true", help="also AlignProp through all steps")
     p.add_argument("--compile", action="store_true", help="also ours compiled")
     p.add_argument("--rate", action="store_true", help="also the share of the device's matrix rate")
@@ -635,18 +908,21 @@ def options():
 
 
 def main(args):
-    python = shutil.which(args.trl_python)
-    if python is None:
+    python = args.trl_python and shutil.which(args.trl_python)
+    if args.trl_python and python is None:
         raise SystemExit(
             f"--trl_python {args.trl_python}: no such program; "
             "give the python of an environment with trl==0.23.1"
         )
+    args.precision = args.precision or ("fp16" if args.shape else "no")
+    args.rounds = args.rounds or (1 if args.shape else 2)
+    args.minutes = args.minutes or (12 if args.shape else 0)
     with tempfile.TemporaryDirectory() as scratch:
-        compare(args, folder_of(args, scratch), os.path.abspath(python))
+        compare(args, folder_of(args, scratch), python and os.path.abspath(python))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(worker(json.loads(sys.argv[2]))))
+        worker(json.loads(sys.argv[2]))
     else:
         main(options().parse_args())

@@ -6,7 +6,7 @@
 __all__ = ['NUMBER_HEADS', 'Facts', 'number_rows', 'summary', 'on_numbers', 'on_findings', 'typical_prompt', 'snippets',
            'changed_fields', 'model_card', 'run_card']
 
-# %% ../nbs/library/42_card.ipynb #5b5e235f
+# %% ../nbs/library/42_card.ipynb #069dcad4
 import dataclasses
 import json
 import os
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .evaluate import amount
+from .progress import counted
 
 # importing huggingface_hub takes a while: the function that needs it does it itself
 
@@ -81,17 +82,12 @@ def number_rows(
         rows.append([name, *cells[:2], sign + cells[2], _verdict(numbers["difference"])])
     return rows
 
-# %% ../nbs/library/42_card.ipynb #b8d04483
+# %% ../nbs/library/42_card.ipynb #e0c06ffc
 def _public(value):
     "Cut a path of this disk to its last name."
     # os.path.exists is False of a text that is too long for a path, where Path.exists may raise
     is_path = isinstance(value, str) and value and os.path.exists(value)
     return Path(value).name if is_path else value
-
-
-def _counted(n, thing):
-    "Write a number with its noun."
-    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 def summary(
@@ -104,7 +100,7 @@ def summary(
     return (
         f"{what} `{_public(config.model)}`, fine-tuned with the reward `{facts.reward_name}` by "
         f"`{config.method}` of ddpo_scratch, on the prompts `{_public(config.prompt_fn)}`: "
-        f"{_counted(len(rows), 'epoch')}, {_counted(queries, 'scored picture')}."
+        f"{counted(len(rows), 'epoch')}, {counted(queries, 'scored picture')}."
     )
 
 
@@ -114,7 +110,7 @@ def on_numbers(
     "Say what the numbers of the table are."
     report = facts.report
     return (
-        f"Means over {_counted(report['after']['n'], 'picture')} ± standard error. Before and "
+        f"Means over {counted(report['after']['n'], 'picture')} ± standard error. Before and "
         "after have the same prompts and the same noise, so the difference is taken picture by "
         f"picture. After: epoch {report['after']['epoch']}. Of every number more is better."
     )

@@ -230,12 +230,13 @@ def find_checkpoint(
         "one of these; a run that saved nothing can be started again as it was"
     )
 
-# %% ../nbs/library/32_checkpoint.ipynb #491bd615
+# %% ../nbs/library/32_checkpoint.ipynb #48308353
 # fields that change what a run costs or leaves behind, and no number of what it does
 _MAY_DIFFER = set(
     """num_epochs resume_from save_freq num_checkpoint_limit logdir run_name eval_num_images
     eval_guidance_scale eval_num_steps eval_freq eval_judges stop_gain backprop_checkpointing
-    train_micro_batch_size reward_workers reward_offload reward_retries gradient_checkpointing
+    train_micro_batch_size sample_micro_batch_size
+    reward_workers reward_offload reward_retries gradient_checkpointing
     compile slicing decode_batch_size rollout_device log_with tracker_project_name push_to_hub
     hub_model_id""".split()
 )

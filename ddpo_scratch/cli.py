@@ -126,7 +126,7 @@ def _answered(parser, given, defaults=None):
         print(parser.help(everything=asked.help_all, defaults=defaults))
     return asked != Asked()
 
-# %% ../nbs/library/47_cli.ipynb #40407a65
+# %% ../nbs/library/47_cli.ipynb #c19072c6
 # where the libraries' own errors come from, which are neither ValueErrors nor OSErrors
 _NETWORK = {"huggingface_hub", "requests", "httpx", "httpcore", "urllib3", "urllib"}
 _FILES = {"safetensors", "safetensors_rust"}
@@ -151,19 +151,29 @@ def _sentence(error):
     if roots & _FILES:
         return f"a file of weights is damaged or is none: {text[:500]}; fetch or write it again"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        if "--dry_run" in text:
+            return text  # ours, which says what to turn
         return (
-            "the memory is full: try a smaller sample_batch_size, train_micro_batch_size or "
-            "batch_size, and see what --dry_run estimates"
+            "the memory is full: try a smaller train_micro_batch_size (auto measures what fits), "
+            "sample_micro_batch_size or batch_size, and see what --dry_run estimates"
         )
     named = type(error).__name__ == "RewardError"
     return text if named or isinstance(error, _MENDABLE) else ""
 
-# %% ../nbs/library/47_cli.ipynb #a74216d0
+# %% ../nbs/library/47_cli.ipynb #7fee10a8
+def _let_threads_sleep():
+    "Let threads that wait sleep, unless the environment says how they wait, or torch is there."
+    named = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ)
+    if not named and "torch" not in sys.modules:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+# %% ../nbs/library/47_cli.ipynb #1fccab65
 def _command(run):
     "Turn a function of words into a command: it returns an exit code and prints mistakes."
 
     @functools.wraps(run)
     def command(args=None):
+        _let_threads_sleep()
         words = sys.argv[1:] if args is None else list(args)
         try:
             return run(["--help" if word == "-h" else str(word) for word in words])
@@ -296,7 +306,7 @@ class Layers:
     # processes that share a preset's global numbers
     world: Annotated[PositiveInt | None, Mark(default="the launcher's WORLD_SIZE, or 1")] = None
 
-# %% ../nbs/library/47_cli.ipynb #8e314a67
+# %% ../nbs/library/47_cli.ipynb #22f9ad4d
 _FIRST = """preset model reward_fn prompt_fn num_epochs stop_gain train_learning_rate seed
 resume_from dry_run""".split()
 GROUPS = {
@@ -317,8 +327,8 @@ GROUPS = {
         eval_num_steps eval_judges""".split(),
     "how the reward is asked": "reward_workers reward_retries reward_offload".split(),
     "memory and speed": """mixed_precision allow_tf32 gradient_checkpointing compile slicing
-        vae_dtype decode_batch_size rollout_device rollout_dtype train_micro_batch_size
-        world""".split(),
+        vae_dtype decode_batch_size rollout_device rollout_dtype sample_micro_batch_size
+        train_micro_batch_size world""".split(),
     "files": """logdir run_name log_with tracker_project_name push_to_hub hub_model_id""".split(),
     "this command": "dry_run trust verbose list help help_all version".split(),
 }

@@ -49,6 +49,25 @@ _Rank = Annotated[int, Gt(0), Le(2048), _Allowed("1 to 2048, the width of the wi
 _Steps = Annotated[int, Gt(0), Le(1000), _Allowed("1 to 1000")]
 _Seed = Annotated[int, Ge(-(2**63)), Lt(2**63), _Allowed("a whole number of 64 bits")]
 
+# %% ../nbs/library/29_config.ipynb #015eba3a
+def _number(word):
+    "Return 0 for the word auto, and anything else as it is."
+    return 0 if isinstance(word, str) and word.strip() == "auto" else word
+
+
+class _Measured:
+    "Let a field of whole numbers take the word auto; pydantic asks for this by its name."
+
+    description = "a whole number, 0 or more, or auto"
+
+    def __get_pydantic_core_schema__(self, source, handler):
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(_number, handler(source))
+
+
+_AtOnce = Annotated[_ZeroOrMore, _Measured(), _Allowed(_Measured.description)]
+
 # %% ../nbs/library/29_config.ipynb #ed35fbd8
 # names of experiment trackers that `log_with` may list, in the order in which help shows them
 TRACKER_NAMES = ("wandb", "tensorboard", "trackio")
@@ -123,7 +142,7 @@ def _kept(value, default):
         return float(value)  # so that 1 and 1.0 are the same text in a file
     return value
 
-# %% ../nbs/library/29_config.ipynb #2d047fcc
+# %% ../nbs/library/29_config.ipynb #59d75ab8
 @dataclass(frozen=True, repr=False)
 class TrainConfig:
     "Say what a run does; by default the embedded model learns to compress well, on two CPU cores."
@@ -166,14 +185,18 @@ class TrainConfig:
     # w of classifier-free guidance, in sampling and in training
     sample_guidance_scale: _Finite = 1.0
     negative_prompts: str = ""  # what the unconditional half of guidance is conditioned on
-    sample_batch_size: _OneOrMore = 32  # pictures sampled at a time, on each process
+    sample_batch_size: _OneOrMore = 32  # pictures sampled and scored at a time, on each process
     sample_num_batches_per_epoch: _OneOrMore = 2  # such batches an epoch
+    # of these, pictures that go through the network at a time; 0 takes all, and fewer from where
+    # the memory was full; bounds memory, changes no result but by rounding
+    sample_micro_batch_size: _ZeroOrMore = 0
     # pictures in a row that share a prompt; 1 draws each anew, as the literature does
     sample_images_per_prompt: _OneOrMore = 4
     train_batch_size: _OneOrMore = 4  # samples (trajectories) in a minibatch, on each process
     train_gradient_accumulation_steps: _OneOrMore = 1  # minibatches in an optimizer step
-    # transitions in one forward pass; bounds memory, changes no result
-    train_micro_batch_size: _OneOrMore = 40
+    # transitions in one forward pass; "auto" (or 0) measures once how many fit; where the memory is
+    # full, half as many from there on; bounds memory, changes no result but by rounding
+    train_micro_batch_size: _AtOnce = 40
     train_num_inner_epochs: _OneOrMore = 1  # passes over an epoch's samples
     # share of each trajectory's steps that is trained on, drawn anew for each sample
     train_timestep_fraction: _Fraction = 1.0
@@ -224,7 +247,8 @@ class TrainConfig:
     # of the decoder: "auto" (as the network, or float32
     # where SDXL's would overflow), "fp32", "fp16" or "bf16"
     vae_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    # pictures decoded at a time; 0 decodes a sampling batch at once
+    # pictures decoded at a time; 0 decodes as many as are sampled at once, and fewer from where the
+    # memory was full
     decode_batch_size: _ZeroOrMore = 0
     # where trajectories wait for training: "auto" (where they were sampled) or "cpu"
     rollout_device: Literal["auto", "cpu"] = "auto"
@@ -258,6 +282,8 @@ class TrainConfig:
     def __post_init__(self):
         for spec in dataclasses.fields(self):
             value = _kept(getattr(self, spec.name), spec.default)
+            if spec.type is _AtOnce:
+                value = _number(value)
             if spec.type in (_Path, _Folder, _Model) and isinstance(value, str):
                 value = os.path.expanduser(value)
             object.__setattr__(self, spec.name, value)  # a frozen record is filled in here
@@ -436,7 +462,29 @@ def _validated(cls, values, strict=None):
     except ValidationError as error:
         raise ValueError("; ".join(_sentence(cls, e) for e in error.errors())) from None
 
-# %% ../nbs/library/29_config.ipynb #cd77e6f4
+# %% ../nbs/library/29_config.ipynb #a5e36fcd
+def _nearest(number, fits):
+    "List the next numbers below and above one that fit, as far as some thousand steps lead."
+    # a batch is never further from one that fits; who gave a number of nine digits slipped
+    below = next((k for k in range(number, max(0, number - 5000), -1) if fits(k)), None)
+    above = next((k for k in range(number + 1, number + 5000) if fits(k)), None)
+    return [k for k in (below, above) if k]
+
+
+def _batch_sizes(config):
+    "Say which sizes of a batch would fit the others, as the end of a sentence."
+    times, parts = config.sample_num_batches_per_epoch, config.train_gradient_accumulation_steps
+    total, update = config.samples_per_epoch, config.samples_per_update
+    sizes = dict(
+        train_batch_size=_nearest(config.train_batch_size, lambda n: total % (n * parts) == 0),
+        sample_batch_size=_nearest(config.sample_batch_size, lambda n: n * times % update == 0),
+    )
+    found = [f"{name} {' or '.join(map(str, some))}" for name, some in sizes.items() if some]
+    if not found:
+        return "change train_batch_size or sample_batch_size"
+    return f"{', or '.join(found)} would do"
+
+# %% ../nbs/library/29_config.ipynb #84bb7631
 def _mistakes(config):
     "Yield a sentence for each pair of fields that cannot go together."
     # at its default a stop is only switched off where nothing is looked at
@@ -457,7 +505,7 @@ def _mistakes(config):
             f"{config.sample_num_batches_per_epoch} = {config.samples_per_epoch}) must be a "
             f"multiple of samples per update ({config.train_batch_size} x "
             f"{config.train_gradient_accumulation_steps} = {config.samples_per_update}): "
-            "change train_batch_size or sample_batch_size"
+            f"{_batch_sizes(config)}"
         )
 
 # %% ../nbs/library/29_config.ipynb #066400e3

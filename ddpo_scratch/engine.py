@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# %% ../nbs/library/31_engine.ipynb #dddb301d
+# %% ../nbs/library/31_engine.ipynb #939b37b7
 class Engine:
     "Train in one process, or in many that hold whole copies of the network (DDP)."
 
@@ -40,7 +40,11 @@ class Engine:
         self, config, network, params, make_optimizer
     ) -> tuple:  # network, params, optimizer
         "Wrap network and optimizer as accelerate wants them used; also the trained parameters."
-        network, optimizer = self.accelerator.prepare(network, make_optimizer(params))
+        accelerator, autocast = self.accelerator, self.accelerator.native_amp
+        # a network that computes in half precision by itself needs no casts around its operations
+        accelerator.native_amp = autocast and not hasattr(network, "computes_in")
+        network, optimizer = accelerator.prepare(network, make_optimizer(params))
+        accelerator.native_amp = autocast
         return network, params, optimizer
 
     def reference(self, network) -> torch.nn.Module:  # the copy, ready to be asked

@@ -223,7 +223,7 @@ def _on_statistics(late, rows, config):
             "are full"
         )
 
-# %% ../nbs/library/41_gauges.ipynb #3c3d5806
+# %% ../nbs/library/41_gauges.ipynb #64bc4f6b
 _NOT_ONE = 0.5  # of a clip range; below it rounding does not decide what is clipped
 _VISIBLE = 0.1  # of a latent's standard deviation, which is about 1: noise that is seen
 _POORER = 2.0  # standard deviations of the samples' rewards below the pictures that are compared
@@ -262,25 +262,19 @@ def _on_first_samples(first, config):
             "noise_level, larger sample_num_steps, sample_guidance_scale as eval_guidance_scale"
         )
 
+# %% ../nbs/library/41_gauges.ipynb #692c9913
+def _at_first(row, config):
+    "Ask what a first row shows of any method."
+    rules = (_on_first_ratio, _on_last_step, _on_first_samples)
+    return [finding for rule in rules for finding in rule(row, config)]
 
-def _on_first_groups(first, config):
-    "Ask whether groups of one prompt teach anything."
-    equal = first.get("equal_groups", 0.0)
-    if equal > 0.9:
-        yield (
-            f"equal_groups is {equal:.0%}: in nearly every group all pictures score the same, and "
-            "nothing is learned. Try: easier prompts, a reward with more than two values, larger "
-            "sample_images_per_prompt"
-        )
 
-# %% ../nbs/library/41_gauges.ipynb #849edec0
 def first_findings(
     row,  # dict, the first of `read_metrics`
     config,  # the run's TrainConfig
 ) -> list:  # of strings, as `diagnose`
     "Say what can be seen before an update has done anything."
-    rules = (_on_first_ratio, _on_last_step, _on_first_samples, _on_first_groups)
-    return [finding for rule in rules for finding in rule(row, config)]
+    return [*_at_first(row, config), *config.method_class.first_findings(row, config)]
 
 # %% ../nbs/library/41_gauges.ipynb #9e61d744
 def _on_gradients(late, rows, config):
@@ -457,7 +451,7 @@ def _on_judges(judges):
             "checkpoint, kl_weight, a smaller stop_gain"
         )
 
-# %% ../nbs/library/41_gauges.ipynb #6f50340e
+# %% ../nbs/library/41_gauges.ipynb #3028c822
 def diagnose(
     rows,  # dicts, as `read_metrics` returns them
     config,  # the run's TrainConfig
@@ -476,6 +470,7 @@ def diagnose(
         _on_fixed_seeds,
     ]
     late = _late_means(rows)
-    found = first_findings(rows[0], config)
+    # of the method's own gauges the last means say more
+    found = _at_first(rows[0], config)
     found += [finding for rule in rules for finding in rule(late, rows, config)]
     return found + [*_on_judges(_judges_of(rows) if judges is None else judges)]

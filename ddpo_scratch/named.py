@@ -6,10 +6,11 @@
 __all__ = ['refuse_in_import', 'load_attribute', 'Call', 'misfit', 'build', 'name_of', 'was_passed', 'parse_call', 'parse_sum',
            'outside', 'registered', 'check_known', 'Registry']
 
-# %% ../nbs/library/24_named.ipynb #889f10e9
+# %% ../nbs/library/24_named.ipynb #994fbc16
 import ast
 import contextlib
 import contextvars
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -170,7 +171,24 @@ def misfit(
     except TypeError as e:
         return str(e)
 
-# %% ../nbs/library/24_named.ipynb #e50919f8
+# %% ../nbs/library/24_named.ipynb #d7256acf
+def _fits(value, default):
+    "Tell whether an option's value is of its default's type; a whole number is a number."
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(default)
+
+
+def _check_options(record, name, who):
+    "Refuse an option of another type than its default, where that is a number, a word or a truth."
+    for spec in dataclasses.fields(record):
+        value, default = getattr(record, spec.name), spec.default
+        if isinstance(default, (int, float, str)) and not _fits(value, default):
+            raise ValueError(
+                f"{who}: {spec.name} is {value!r} in {name}, expected a value like {default!r}"
+            )
+
+
 def build(
     maker,  # a class or a function
     call,  # a Call, or None for a call without arguments
@@ -187,7 +205,10 @@ def build(
         without = "" if given.args or given.kwargs else ", and nothing is given here"
         advice = f"; {advice}" if advice else ""
         raise ValueError(f"{who}: {name} takes {_signature(maker)}{without}: {wrong}{advice}")
-    return maker(*given.args, **given.kwargs)
+    made = maker(*given.args, **given.kwargs)
+    if dataclasses.is_dataclass(maker):
+        _check_options(made, name, who)
+    return made
 
 # %% ../nbs/library/24_named.ipynb #280588a8
 _PACKAGE = "ddpo_scratch"

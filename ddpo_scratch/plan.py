@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['plan', 'memory', 'describe', 'suggest_presets']
 
-# %% ../nbs/library/30_plan.ipynb #82fe71ed
+# %% ../nbs/library/30_plan.ipynb #4180daf0
 import dataclasses
 import functools
+import re
 import time
 from pathlib import Path
 
@@ -94,27 +95,50 @@ def _latents(config, size):
     height, width = _pixels(config, size)
     return size["channels"] * (height // size["factor"]) * (width // size["factor"])
 
-# %% ../nbs/library/30_plan.ipynb #da924f70
+# %% ../nbs/library/30_plan.ipynb #4865414f
+# CLIP's tokens are only looked at; hundreds of a language model's run through the network
+_LOOKED_AT = 77
+# counted as saved tensors: 0.57 of Stable Diffusion 3.5's layers, 0.48 and 0.55 of three small
+# layers of its kind and of FLUX's; a U-Net was counted with its LoRA
+_LORA_KEEPS = 0.57
+
+
+def _kept(config, size):
+    "Count the numbers that one row's backward pass holds, at the configuration's size of pictures."
+    height, width = _pixels(config, size)
+    area = height * width / (size["latent"][0] * size["latent"][1] * size["factor"] ** 2)
+    if size["tokens"] <= _LOOKED_AT:
+        return size["kept"] * area
+    # a token of these transformers is 16 x 16 pixels
+    own = size["latent"][0] * size["latent"][1] * (size["factor"] / 16) ** 2
+    grows = (own * area + size["tokens"]) / (own + size["tokens"])
+    share = _LORA_KEEPS if config.use_lora and config.lora_targets == "attention" else 1
+    return size["kept"] * grows * share
+
+# %% ../nbs/library/30_plan.ipynb #e101d55b
+def _at_once(config):
+    "Count the transitions that go backward together; 1 where a run measures it."
+    transitions = config.samples_per_update * config.method_class.transitions(config)
+    return min(config.train_micro_batch_size or 1, transitions)
+
+
 def _activations(config, size):
     "Estimate the bytes that one backward pass holds, roughly."
     method = config.method_class
     number = 2 if config.mixed_precision != "no" else 4
     rows = config.train_batch_size
     if not method.differentiable:
-        transitions = config.samples_per_update * method.transitions(config)
-        rows = min(config.train_micro_batch_size, transitions)
+        rows = _at_once(config)
     rows *= _rows(config.sample_guidance_scale, size)
     # about an eighth is kept: the inputs of the blocks, and the inside of the largest
     share = 8 if config.gradient_checkpointing else 1
-    height, width = _pixels(config, size)
-    # `kept` was counted for the model's own pictures
-    area = height * width / (size["latent"][0] * size["latent"][1] * size["factor"] ** 2)
-    network = rows * method.depth(config) * size["kept"] * area * number / share
+    network = rows * method.depth(config) * _kept(config, size) * number / share
     if not method.differentiable:
         return network
     # 1,900 numbers for each number of a picture, counted as saved tensors of Stable Diffusion's
     # decoder; other decoders in proportion to their width, which is the root of their parameters
     share = (size["vae"] / _SD_VAE) ** 0.5
+    height, width = _pixels(config, size)
     decoder = 1900 * 3 * height * width * _vae_bytes(config, size) * share
     return network + config.train_batch_size * decoder
 
@@ -166,11 +190,11 @@ def _on_device(config):
     waiting = parts["trajectories"] if config.rollout_device == "cpu" else 0
     return sum(parts.values()) - waiting
 
-# %% ../nbs/library/30_plan.ipynb #9304c5b2
+# %% ../nbs/library/30_plan.ipynb #6a4ebeee
 def _smaller(config, on_cpu=False):
     "Yield fields that save memory, each time some more of them."
     fields = {}
-    rows, times = config.train_micro_batch_size, 1
+    rows, times = config.train_micro_batch_size or 1, 1
     if config.method_class.differentiable:
         fields = {"backprop_checkpointing": True}
         yield dict(fields)
@@ -270,7 +294,7 @@ def _download_line(config):
     amount = 4 * (size["network"] + size["text"] + size["vae"])
     return f"about {_amount(amount)}, once: {config.model} is not in the cache of this machine"
 
-# %% ../nbs/library/30_plan.ipynb #b3449aa3
+# %% ../nbs/library/30_plan.ipynb #246d4a2c
 _TINY_PASS = 0.5e9  # operations, of a picture of 64 x 64 pixels
 _TINY_SHARE = 0.88  # of a matrix product's rate, measured on one core
 _TINY_REST = 1.15  # decoding and the file sizes of the default run
@@ -288,30 +312,158 @@ def _matrix_rate():
     return best
 
 
-def _time_line(config, world):
-    "Estimate the time of a run, where a rate is known."
-    work = plan(config, world)["work"]
-    if torch.cuda.is_available():
-        return "not known before the first pictures are drawn: the progress shows it from then on"
-    if config.model != "tiny":
-        return f"without a GPU such a model takes seconds a pass, and this run has {work:,}"
+def _tiny_seconds(config, work):
+    "Estimate how long this CPU takes for some work of the embedded model."
     height, width = _pixels(config, sizes("tiny"))
     operations = work * _TINY_PASS * height * width / 64**2
-    seconds = operations * _TINY_REST / (_TINY_SHARE * _matrix_rate())
-    threads = torch.get_num_threads()
-    threads = f"{threads} thread" + ("s" if threads > 1 else "")
-    minutes = f"{max(1, round(seconds / 60)):,}"
-    unit = "minute" if minutes == "1" else "minutes"
-    most = " for all epochs" if config.goal else ""
-    return f"about {minutes} {unit}{most} on {threads} of this CPU, if it does nothing else"
+    return operations * _TINY_REST / (_TINY_SHARE * _matrix_rate())
 
-# %% ../nbs/library/30_plan.ipynb #dc3d93f2
+# %% ../nbs/library/30_plan.ipynb #f4a4dfc8
+# name in the driver's words -> TFLOP/s of the data sheet, dense: in half precision, in TF32
+_CARD_RATES = {
+    "T4": (65, 8),
+    "L4": (121, 60),
+    "RTX 4090": (165, 82),
+    "A100": (312, 156),
+    "H100": (989, 495),
+    "H200": (989, 495),
+}
+_MATRIX_SHARE = 0.79  # of the data sheet, that a matrix product reached on an H200
+_NETWORK_SHARE = 0.25  # of that, that a network reaches at full batches
+_LAUNCH = 0.063 / 886  # seconds for an operator
+# parameters of a network -> operations of a row, rows x columns of its latent, operators of a pass
+_COUNTED = {
+    859_520_964: (0.803e12, 64 * 64, 886),
+    865_910_724: (0.804e12, 64 * 64, 902),
+    2_567_463_684: (6.76e12, 128 * 128, 2551),
+    2_243_171_520: (11.2e12, 128 * 128, 2169),
+    11_901_408_320: (74.4e12, 128 * 128, 3371),
+}
+_MEASURED = 859_520_964, "H200"  # the network and the card that the rates are from
+
+
+def _card_in(name):
+    "Find the card that a device's name speaks of; None for an unknown one."
+    # L40 is no L4, and an RTX A1000 no A100
+    return next((card for card in _CARD_RATES if re.search(rf"\b{card}\b", name)), None)
+
+
+def _pass_seconds(config, card, rows):
+    "Estimate how long a forward pass of some rows takes on a card; None of a network not counted."
+    size = sizes(config.model)
+    if size is None or size["network"] not in _COUNTED:
+        return None
+    operations, latent, launches = _COUNTED[size["network"]]
+    height, width = _pixels(config, size)
+    operations *= height * width / size["factor"] ** 2 / latent
+    in_half, in_full = _CARD_RATES[card]
+    # without TF32 a card computes in float32 at about an eighth of it
+    rate = in_half if config.mixed_precision != "no" else in_full / (1 if config.allow_tf32 else 8)
+    rate *= 1e12 * _MATRIX_SHARE * _NETWORK_SHARE
+    return max(_LAUNCH * launches, rows * operations / rate)
+
+# %% ../nbs/library/30_plan.ipynb #c7ceaa8a
+def _epoch_seconds(config, card):
+    "Estimate how long an epoch of one process takes on a card; None where it is not known."
+    counts = plan(config)
+    guided = _rows(config.sample_guidance_scale, sizes(config.model))
+    drawn = config.sample_micro_batch_size or config.sample_batch_size
+    differentiable = config.method_class.differentiable
+    trained = config.train_batch_size if differentiable else _at_once(config)
+    drawn = trained if differentiable else drawn
+    one, other = (_pass_seconds(config, card, n * guided) for n in (drawn, trained))
+    if one is None:
+        return None
+    # of training, passes without a gradient, and three times as long those with one
+    forward = counts["passes_training"] + 2 * counts["passes_differentiated"]
+    passes = counts["passes_sampling"] / drawn * one + forward / trained * other
+    return passes / guided
+
+# %% ../nbs/library/30_plan.ipynb #ccf6ecf2
 def _many(number, thing):
     "Count things: 1 epoch, 2 epochs."
     ending = "es" if thing.endswith("s") else "s"
     return f"{number:,} {thing}{'' if number == 1 else ending}"
 
 
+def _spoken(seconds):
+    "Say a time in the unit that fits, with a digit behind the point where it is short."
+    units = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "min"), (0, 1, "s"))
+    _, unit, name = next(row for row in units if seconds >= row[0])
+    number = seconds / unit
+    return f"{number:.2g} {name}" if number < 10 else f"{number:.0f} {name}"
+
+# %% ../nbs/library/30_plan.ipynb #7e5dafb4
+def _faster(config, card, room):
+    "Yield fields that change no more than rounding, and the seconds of an epoch with each."
+    before = _epoch_seconds(config, card)
+    tries = [dict(mixed_precision="fp16" if card == "T4" else "bf16")]
+    if config.mixed_precision != "no":
+        tries = []
+    drawn = config.sample_micro_batch_size or config.sample_batch_size
+    transitions = round(config.samples_per_update * config.method_class.transitions(config))
+    sizes_to_try = {drawn, *(2**k for k in range(1, 8))}
+    for size in sorted(n for n in sizes_to_try if transitions % n == 0):
+        tries.append(dict(train_micro_batch_size=size))
+    tries += [dict(gradient_checkpointing=False)] * config.gradient_checkpointing
+    best = {}
+    for fields in tries:
+        changed = dataclasses.replace(config, **fields)
+        seconds = _epoch_seconds(changed, card)
+        if seconds < 0.95 * best.get(*fields, (before,))[0] and _on_device(changed) <= 0.8 * room:
+            best[next(iter(fields))] = seconds, fields
+    yield from ((fields, seconds) for seconds, fields in best.values())
+
+
+def _gpu_lines(config, world, card, room):
+    "Yield how long an epoch takes on a card, and what would make it shorter."
+    seconds = _epoch_seconds(config, card)
+    if seconds is None:
+        yield "time", "not known before the first pictures are drawn: the progress shows it then"
+        return
+    is_measured = (sizes(config.model)["network"], card) == _MEASURED
+    source = "from rates measured on it" if is_measured else "estimated from the data sheet"
+    whole = _spoken(seconds * config.num_epochs)
+    yield (
+        "time",
+        f"about {_spoken(seconds)} an epoch on {'an' if card[0] in 'AHL' else 'a'} {card}, {whole} "
+        f"for {_many(config.num_epochs, 'epoch')}, {source}; decoding and the reward come on top",
+    )
+    for fields, less in _faster(config, card, room):
+        options = " ".join(f"--{name} {str(value).lower()}" for name, value in fields.items())
+        yield "  faster", f"{options} would take about {_spoken(less)} an epoch"
+
+# %% ../nbs/library/30_plan.ipynb #0b121dce
+def _time_lines(config, world, device):
+    "Yield how long a run takes, where a rate is known."
+    counts, (name, room) = plan(config, world), device
+    if name != "CPU" and (card := _card_in(name)):
+        yield from _gpu_lines(config, world, card, room)
+        return
+    if name != "CPU":
+        yield "time", "not known before the first pictures are drawn: the progress shows it then"
+        return
+    if config.model == "tiny":
+        yield "time", _tiny_line(config, counts)
+        return
+    work = f"this run has {counts['work']:,}"
+    yield "time", f"without a GPU such a model takes seconds a pass, and {work}"
+    seconds = {card: _epoch_seconds(config, card) for card in _CARD_RATES}
+    if None not in seconds.values():
+        words = ", ".join(f"{card} {_spoken(number)}" for card, number in seconds.items())
+        yield "  an epoch, estimated", words
+
+
+def _tiny_line(config, counts):
+    "Say how long a run of the embedded model takes on this CPU."
+    epoch, seconds = (_tiny_seconds(config, counts[k]) for k in ("work_epoch", "work"))
+    threads = _many(torch.get_num_threads(), "thread")
+    most = " for all epochs" if config.goal else ""
+    each = f", {_spoken(epoch)} an epoch" if config.num_epochs > 1 else ""
+    minutes = _many(max(1, round(seconds / 60)), "minute")
+    return f"about {minutes}{most}{each}, on {threads} of this CPU, if it does nothing else"
+
+# %% ../nbs/library/30_plan.ipynb #151044a8
 def _count_lines(c, counts, world):
     "Yield the lines about pictures, updates and rewards: what they are called, what to know."
     of = f" ({c.samples_per_epoch:,} on each of {world} processes)" if world > 1 else ""
@@ -353,7 +505,7 @@ def _pass_lines(c, counts):
     if c.goal:
         yield "stops early", f"once their mean reward has risen by {c.goal:.0%}"
 
-# %% ../nbs/library/30_plan.ipynb #482947bc
+# %% ../nbs/library/30_plan.ipynb #4cb2cc50
 def _memory_lines(config, device, world):
     "Yield the lines about memory, the download and the time."
     parts = memory(config)
@@ -365,7 +517,13 @@ def _memory_lines(config, device, world):
         return
     each = "each process's device" if world > 1 else "the device"
     needs = _amount(_on_device(config))
-    yield "memory, estimated", f"{needs} on {each}, and what the reward's networks take"
+    more = (
+        "and what the reward's networks (less with reward_offload) and decoding (less with "
+        "decode_batch_size 1 and slicing) take"
+    )
+    if config.train_micro_batch_size == 0 and not config.method_class.differentiable:
+        more = "with one transition at a time; the run measures how many fit"
+    yield "memory, estimated", f"{needs} on {each}, {more}"
     on_cpu = config.rollout_device == "cpu"
     notes = {"activations": " (rough)", "trajectories": " on the CPU" if on_cpu else ""}
     for part, number in parts.items():
@@ -376,7 +534,7 @@ def _memory_lines(config, device, world):
         yield "cards", cards
     if fetched := _download_line(config):
         yield "download", fetched
-    yield "time", _time_line(config, world)
+    yield from _time_lines(config, world, device)
 
 # %% ../nbs/library/30_plan.ipynb #750b173f
 def _shortened(text):
@@ -402,7 +560,7 @@ def describe(
         [head + _shortened(config.prompt_fn), *(f"{name:<24}{text}" for name, text in lines)]
     )
 
-# %% ../nbs/library/30_plan.ipynb #3dda3348
+# %% ../nbs/library/30_plan.ipynb #14846f0a
 @functools.cache
 def _kind(model):
     "Tell models apart by what a preset depends on; None for one that is not known."
@@ -421,4 +579,6 @@ def suggest_presets(
             fits.append(name)
     order = ("tiny", "t4", "a100", "ddpo")
     places = {name: order.index(k) for name in fits if (k := name.split("_")[0]) in order}
-    return tuple(sorted(fits, key=lambda name: (places.get(name, len(order)), name)))
+    # a whole network of twelve billion weights is nobody's first run
+    whole = {name: not read_preset(name).config.get("use_lora", True) for name in fits}
+    return tuple(sorted(fits, key=lambda name: (places.get(name, len(order)), whole[name], name)))

@@ -322,14 +322,13 @@ def _page(facts, looks, card_text):
     ]
     return html_page(facts.title, paragraph(summary(facts)), sections)
 
-# %% ../nbs/library/44_report.ipynb #a3260545
+# %% ../nbs/library/44_report.ipynb #7a59a904
 def early_findings(
-    folder,  # of a run
+    row,  # dict, the first of the run's log
     config,  # its TrainConfig
 ) -> list:  # of sentences; empty if nothing stands out
     "Say what the first row of a run's log already shows."
-    rows = read_metrics(folder)
-    return first_findings(rows[0], config) if rows else []
+    return first_findings(row, config)
 
 # %% ../nbs/library/44_report.ipynb #abbc2831
 def _draw(facts, looks):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DTYPES', 'stride', 'TrainState', 'make_optimizer', 'learning_rate_share', 'setup']
 
-# %% ../nbs/library/37_setup.ipynb #5e3e7b4f
+# %% ../nbs/library/37_setup.ipynb #e0d0c77f
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,13 +116,15 @@ class TrainState:
         "Raise a FloatingPointError that names the trained weights which are not finite."
         check_finite(self)
 
-# %% ../nbs/library/37_setup.ipynb #471ae678
+# %% ../nbs/library/37_setup.ipynb #cdd584e1
 def make_optimizer(
     config,  # TrainConfig
     params,  # trained parameters
 ) -> torch.optim.Optimizer:  # AdamW, or bitsandbytes' 8-bit AdamW
     "Build the optimizer that the configuration asks for."
-    kind = torch.optim.AdamW
+    # on a GPU, one operation for all weights
+    fused = all(p.is_cuda for p in params)
+    kind = functools.partial(torch.optim.AdamW, fused=fused or None)
     if config.train_use_8bit_adam:
         try:
             from bitsandbytes.optim import AdamW8bit as kind

@@ -262,7 +262,7 @@ class GDPO(Shaping):
         gauges = {f"gdpo_share/{name}": share for name, share in shares.items()}
         return Shaped(gdpo_rewards(parts, weights, prompts), gauges=gauges)
 
-# %% ../nbs/library/53_shaping.ipynb #02240221
+# %% ../nbs/library/53_shaping.ipynb #3b0f7405
 @dataclass(frozen=True)
 class GARDO(Shaping):
     "Charge the KL penalty to doubtful pictures alone, and favour rare ones."
@@ -278,25 +278,16 @@ class GARDO(Shaping):
     # the penalty's reference becomes the policy after so many epochs, again and again; 0: never
     refresh: int = 0
 
-    def __post_init__(self):
-        is_number = isinstance(self.share, (int, float)) and not isinstance(self.share, bool)
-        if not is_number or not 0 < self.share <= 1:
-            raise ValueError(
-                f"reward_shaping: gardo's share is {self.share!r}: needs 0 < share <= 1"
-            )
-        if not isinstance(self.diversity, bool):
-            raise ValueError(
-                f"reward_shaping: gardo's diversity is {self.diversity!r}: needs True or False"
-            )
-        if type(self.refresh) is not int or self.refresh < 0:
-            raise ValueError(
-                f"reward_shaping: gardo's refresh is {self.refresh!r}: needs a number of epochs, "
-                "or 0 for never"
-            )
-
     def mistakes(self, config) -> Iterator:  # of str
-        "Ask for a penalty to charge."
+        "Ask for options within their ranges, and for a penalty to charge."
         yield from super().mistakes(config)
+        if not 0 < self.share <= 1:
+            yield f"reward_shaping: share is {self.share:g}, allowed for gardo is 0 < share <= 1"
+        if self.refresh < 0:
+            yield (
+                f"reward_shaping: refresh is {self.refresh}, allowed for gardo is a number of "
+                "epochs, or 0 for never"
+            )
         if not config.kl_weight:
             yield (
                 "reward_shaping is gardo, which says who pays the KL penalty, but kl_weight is 0: "

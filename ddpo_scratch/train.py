@@ -6,8 +6,9 @@
 __all__ = ['Step', 'Samples', 'collect', 'minibatches', 'micro_batches', 'update', 'optimizer_step', 'backprop_update', 'train',
            'fit']
 
-# %% ../nbs/library/40_train.ipynb #3b7b14aa
+# %% ../nbs/library/40_train.ipynb #efb859d7
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .config import MAIN_JOB, preset
+from .config import MAIN_JOB, preset, read_config
 from .interrupt import shielded
 from .look import averaged, look, look_is_due
 from .methods.base import Batch
@@ -52,7 +53,7 @@ def _step(state, update, numbers):
     others = {name: value for name, value in numbers.items() if name not in names}
     return Step(state.epoch + 1, update, state.global_step, gauges=others, **known)
 
-# %% ../nbs/library/40_train.ipynb #90392691
+# %% ../nbs/library/40_train.ipynb #b85ef2ca
 @dataclass
 class Samples:
     "Hold an epoch's samples on this process."
@@ -65,6 +66,7 @@ class Samples:
     all_rewards: torch.Tensor  # (n * processes,)
     extras: dict  # mean, over all processes, of each number that the reward returned beside
     gauges: dict  # spread of all processes' weights; what method and shaping say of the epoch
+    at_once: int = 0  # rows of each pass that drew them; 0: not all alike
     kl_share: torch.Tensor = None  # (n,) how much of the KL penalty each pays; None: all alike
 
 # %% ../nbs/library/40_train.ipynb #8d3cf673
@@ -107,7 +109,61 @@ def _shaped(state, needed, rewards, prompts, extras, embeddings):
     rows = None if embeddings[0] is None else _in_order(engine, embeddings)
     return state.config.shaping(rewards, prompts, state.scorer.reward, parts, rows)
 
-# %% ../nbs/library/40_train.ipynb #02da9c77
+# %% ../nbs/library/40_train.ipynb #7caeac3f
+_SAVES = (
+    "gradient_checkpointing, mixed_precision bf16 or fp16, slicing, decode_batch_size 1, "
+    "rollout_device cpu, reward_offload and train_use_8bit_adam save memory, and so do smaller "
+    "pictures; ddpo_train --dry_run estimates how much"
+)
+
+
+def _divisor(n, most):
+    "Find the largest number up to `most` that divides n."
+    return next(k for k in range(max(1, min(n, most)), 0, -1) if n % k == 0)
+
+
+def _halve(state, field, n, words):
+    "Let half as many rows of n go through the network at a time; OutOfMemoryError where it is one."
+    config, size = state.config, min(n, getattr(state.config, field) or n)
+    if size == 1:
+        raise torch.OutOfMemoryError(f"the memory is full at {field} 1 ({words}): {_SAVES}")
+    fields = {field: _divisor(n, size // 2)}
+    # in half precision both take batches of one shape, so that recorded log-probs are exact
+    alike = (config.sample_micro_batch_size or config.sample_batch_size) == size
+    if field == "train_micro_batch_size" and config.mixed_precision != "no" and alike:
+        fields["sample_micro_batch_size"] = fields[field]
+    state.config = dataclasses.replace(config, **fields)
+    state.optimizer.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    state.progress.line(
+        f"the memory is full at {field} {size}: it is {fields[field]} from here on, and what broke "
+        "off is done again"
+    )
+
+# %% ../nbs/library/40_train.ipynb #6bf0e684
+def _where_it_fits(state, field, n, work, exchanges=False):
+    "Do work on n rows, by a size of the configuration that is halved until the memory suffices."
+    engine = state.engine
+    alone = engine.world == 1 or not (exchanges or engine.sharded)
+    while True:
+        done, words = None, ""
+        try:
+            done = work()
+        except torch.OutOfMemoryError as error:
+            if not alone:
+                raise torch.OutOfMemoryError(
+                    f"the memory is full on process {engine.rank} of {engine.world}, whose others "
+                    f"wait for it: set {field} below {getattr(state.config, field) or n}; {_SAVES}"
+                ) from error
+            # the error holds the tensors of all frames that it came through: keep its words alone
+            words = str(error).partition(". GPU")[0] or "out of memory"
+        # where processes exchange something, they meet inside the work
+        if not (engine.any(words) if alone else words):
+            return done
+        _halve(state, field, n, words)
+
+# %% ../nbs/library/40_train.ipynb #7789e867
 def _waiting(config, rollout):
     "Move trajectories to where they wait for training."
     if config.rollout_device != "auto":
@@ -122,12 +178,47 @@ def _tell_reward(state, futures):
         state.progress.reward(scored[-1].result()[0].mean().item())
 
 
+def _rolled(state, prompts, ks):
+    "Roll out the first of some samples, as many as go through the network at a time."
+    method, denoiser, n = state.method, state.denoiser, len(ks)
+
+    def work():
+        size = state.config.sample_micro_batch_size or n
+        c, dtype = denoiser.encode(prompts[:size]), DTYPES[state.config.rollout_dtype]
+        some = ks[:size]
+        return method.sample(denoiser, c, state.noise(some), dtype, state.starts(some))
+
+    return _where_it_fits(state, "sample_micro_batch_size", n, work)
+
+
+def _decoded(state, x0):
+    "Decode latents, as many at a time as the memory takes."
+
+    def work():
+        if state.config.decode_batch_size:
+            state.denoiser.configure(decode_batch_size=state.config.decode_batch_size)
+        return state.denoiser.decode(x0)
+
+    return _where_it_fits(state, "decode_batch_size", len(x0), work)
+
+
+def _drawn(state, prompts, ks):
+    "Draw a batch of samples, in pieces: Rollouts as they wait for training, and pictures."
+    rollouts, pictures, first = [], [], 0
+    while first < len(ks):
+        rollout = _rolled(state, prompts[first:], ks[first:])
+        pictures.append(_decoded(state, rollout.x0.float()))
+        rollouts.append(_waiting(state.config, state.method.keep(rollout)))
+        first += len(rollout)
+    return rollouts, torch.cat(pictures)
+
+
 @torch.no_grad()
 def collect(
     state,  # TrainState
 ) -> Samples:  # of one epoch
     "Roll out an epoch's samples with the current policy; score each batch while the next is drawn."
-    config, engine, denoiser, method = state.config, state.engine, state.denoiser, state.method
+    config, engine, method = state.config, state.engine, state.method
     n, rollouts, images, futures, numbers = config.sample_batch_size, [], None, [], []
     reward, embeddings = state.scorer.reward, []
     needed = config.shaping.needs(reward)
@@ -136,11 +227,9 @@ def collect(
         for j in range(config.sample_num_batches_per_epoch):
             ks = engine.sample_numbers(j, n)
             prompts, metadata = state.prompts(ks)
-            c, dtype = denoiser.encode(prompts), DTYPES[config.rollout_dtype]
-            rollout = method.sample(denoiser, c, state.noise(ks), dtype, state.starts(ks))
-            pictures = denoiser.decode(rollout.x0.float())
+            drawn, pictures = _drawn(state, prompts, ks)
             images = pictures.cpu() if images is None else images
-            rollouts.append(_waiting(config, method.keep(rollout)))
+            rollouts += drawn
             futures.append(submit(pictures, prompts, metadata))
             embeddings.append(config.shaping.embed(pictures, reward))
             _tell_reward(state, futures)
@@ -153,6 +242,7 @@ def collect(
     weights = method.weights(shaped.rewards, all_prompts)
     state.reward_queries += len(rewards)
     gauges = dict(advantage_spread=weights.std().item()) | method.epoch_gauges(all_prompts)
+    sizes = {len(rollout) for rollout in rollouts}
     return Samples(
         rollout=type(rollouts[0]).cat(rollouts),
         images=images,
@@ -162,6 +252,7 @@ def collect(
         all_rewards=rewards,
         extras=_mean_extras(engine, extras, n),
         gauges=gauges | shaped.gauges,
+        at_once=sizes.pop() if len(sizes) == 1 else 0,
         kl_share=None if shaped.kl_share is None else shaped.kl_share[numbers],
     )
 
@@ -180,7 +271,19 @@ def minibatches(
     parts = torch.randperm(n, generator=generator).split(config.samples_per_update)
     return [(index, steps[index]) for index in parts]
 
-# %% ../nbs/library/40_train.ipynb #32f41dd2
+# %% ../nbs/library/40_train.ipynb #38b1d881
+def _fixed_size(state):
+    "Say how many transitions a CPU takes at a time."
+    # 40 of the embedded model's 1,024 numbers are as fast as more and keep a laptop's memory free;
+    # activations grow with the latent
+    return max(1, 40 * 1024 // math.prod(state.denoiser.latent_shape))
+
+
+def _micro_size(state, n):
+    "Say how many of n transitions are trained on at a time."
+    return state.config.train_micro_batch_size or _divisor(n, _fixed_size(state))
+
+
 def micro_batches(
     state,  # TrainState
     samples,  # Samples of an epoch
@@ -189,7 +292,7 @@ def micro_batches(
     draws=(),  # tensors of b*s rows that the method drew for them
 ) -> list:  # of Batch, together b*s transitions
     "Lay the transitions of a minibatch out flat, and cut them into parts that fit the device."
-    size = state.config.train_micro_batch_size
+    size = _micro_size(state, steps.numel())
     flat = index[:, None].expand_as(steps).reshape(-1).split(size)
     columns = [column.split(size) for column in draws]
     batches = []
@@ -201,7 +304,7 @@ def micro_batches(
         batches.append(Batch(samples.rollout, sample, step, weight, device, rows, pays))
     return batches
 
-# %% ../nbs/library/40_train.ipynb #79e4c51b
+# %% ../nbs/library/40_train.ipynb #964373f2
 def _pooled(engine, rows):
     "Average gauges over micro-batches, by their shares, and processes; the ratio's largest spread."
     names = list(rows[0][1])
@@ -225,28 +328,48 @@ def _penalty(method, denoiser, batch):
     return penalty
 
 
+def _backward(state, batch, share, last):
+    "Take a micro-batch backward, by its share of the update; return its loss and gauges."
+    config, method, denoiser = state.config, state.method, state.denoiser
+    with state.engine.micro_batch(denoiser.network, last) as backward:
+        losses, gauges = method.loss(denoiser, batch)
+        loss = losses.mean()
+        if config.kl_weight:
+            gauges["kl"] = _penalty(method, denoiser, batch)
+            loss = loss + config.kl_weight * gauges["kl"]
+        backward(loss * share)
+    return dict(loss=loss, **gauges)
+
+
+def _gradients(state, samples, index, steps, draws):
+    "Take all micro-batches of an update backward; return their shares and gauges."
+    batches, rows = micro_batches(state, samples, index, steps, draws), []
+    for batch in batches:
+        share = len(batch) / steps.numel()
+        rows.append((share, _backward(state, batch, share, batch is batches[-1])))
+    return rows
+
+
 def update(
     state,  # TrainState
     samples,  # Samples of an epoch
     index,  # (b,) which samples are in this step
     steps,  # (b, s) which denoising steps of each
 ) -> dict:  # loss, grad_norm, lr and the method's gauges
-    "Take one optimizer step on collected samples; see `optimizer_step` for what it raises."
-    config, method, denoiser, n = state.config, state.method, state.denoiser, steps.numel()
+    "Take one optimizer step on collected samples, again where the memory was full."
+    n = steps.numel()
     generator = state.generator(state.global_step, "denoising", state.engine.rank)
-    draws = method.draws(denoiser, n, generator)
-    batches = micro_batches(state, samples, index, steps, draws)
-    rows = []
-    for batch in batches:
-        share = len(batch) / n
-        with state.engine.micro_batch(denoiser.network, batch is batches[-1]) as backward:
-            losses, gauges = method.loss(denoiser, batch)
-            loss = losses.mean()
-            if config.kl_weight:
-                gauges["kl"] = _penalty(method, denoiser, batch)
-                loss = loss + config.kl_weight * gauges["kl"]
-            backward(loss * share)
-        rows.append((share, dict(loss=loss, **gauges)))
+    draws = state.method.draws(state.denoiser, n, generator)
+    if not state.config.train_micro_batch_size:
+        size = _micro_size(state, n)
+        state.config = dataclasses.replace(state.config, train_micro_batch_size=size)
+    rows = _where_it_fits(
+        state,
+        "train_micro_batch_size",
+        n,
+        lambda: _gradients(state, samples, index, steps, draws),
+        exchanges=True,
+    )
     return optimizer_step(state, _pooled(state.engine, rows))
 
 # %% ../nbs/library/40_train.ipynb #42ae8586
@@ -286,7 +409,7 @@ def optimizer_step(
     state.global_step += 1
     return out
 
-# %% ../nbs/library/40_train.ipynb #f978edcf
+# %% ../nbs/library/40_train.ipynb #a4b02a7e
 def _scored_chain(state, j, numbers):
     "Draw samples of the epoch with a gradient, and score them: loss, gauges, rewards, extras."
     config, method, denoiser = state.config, state.method, state.denoiser
@@ -306,6 +429,19 @@ def _scored_chain(state, j, numbers):
     return loss, gauges, rewards.detach(), extras
 
 
+@contextlib.contextmanager
+def _memory_in_words(config):
+    "Say what saves memory where a chain of steps did not fit it: its samples cannot be cut."
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"the memory is full at train_batch_size {config.train_batch_size}: try "
+            "backprop_checkpointing, or a smaller train_batch_size with as many more "
+            f"train_gradient_accumulation_steps; {_SAVES}"
+        ) from error
+
+
 def backprop_update(
     state,  # TrainState of a differentiable method
     j,  # which update of the epoch, from 0
@@ -316,7 +452,8 @@ def backprop_update(
     rows, all_rewards, all_extras = [], [], []
     for part in range(parts):
         numbers = engine.sample_numbers(j * parts + part, config.train_batch_size)
-        with engine.micro_batch(network, part + 1 == parts) as backward:
+        last = part + 1 == parts
+        with _memory_in_words(config), engine.micro_batch(network, last) as backward:
             loss, gauges, rewards, extras = _scored_chain(state, j, numbers)
             backward(loss / parts)
         rows.append((1 / parts, dict(loss=loss, **gauges)))
@@ -327,7 +464,7 @@ def backprop_update(
     state.progress.reward(rewards.mean().item())
     return optimizer_step(state, _pooled(engine, rows)), rewards, all_extras
 
-# %% ../nbs/library/40_train.ipynb #5d78db66
+# %% ../nbs/library/40_train.ipynb #af3cb07f
 @dataclass
 class _Epoch:
     "Hold what an epoch's row needs beside its steps."
@@ -343,27 +480,33 @@ def _training(state, work):
     "Begin the phase in which the weights change."
     state.begin("training", state.config.updates_per_epoch, "update", work)
 
+# %% ../nbs/library/40_train.ipynb #731b5b5a
+def _same_shapes(state, samples, n):
+    "Tell whether sampling and training on n transitions pass rows of one shape to the network."
+    size = state.config.train_micro_batch_size
+    return size == samples.at_once and n % size == 0
+
 
 def _recorded_exactly(state, samples, index, steps):
     "Tell whether the training path gives what sampling recorded, bit for bit, by one micro-batch."
     if not samples.rollout.log_probs.shape[1]:
         return True  # nothing was recorded
-    config = state.config
-    size = config.train_micro_batch_size
     # half precision rounds by the shape of a batch: of another shape some are equal by luck
-    shapes_agree = size == config.sample_batch_size and steps.numel() % size == 0
-    batch = micro_batches(state, samples, index, steps)[0]
-    recorded = batch.old_log_prob.clone()
-    with torch.no_grad():
-        state.method.replay(state.denoiser, batch)
-    equal = torch.equal(recorded, batch.old_log_prob)
+    equal = _same_shapes(state, samples, steps.numel())
+    if equal:
+        batch = micro_batches(state, samples, index, steps)[0]
+        recorded = batch.old_log_prob.clone()
+        with torch.no_grad():
+            state.method.replay(state.denoiser, batch)
+        equal = torch.equal(recorded, batch.old_log_prob)
     if state.epoch == 0 and not equal:
+        config = state.config
         state.progress.line(
             f"log-probs are computed again before training, in {config.mixed_precision} and "
-            f"micro-batches of {size}: with sample_batch_size the same, as many as sampling takes "
-            "at a time, this pass can be saved"
+            f"micro-batches of {config.train_micro_batch_size}: with sample_micro_batch_size the "
+            "same, as many as sampling takes at a time, this pass can be saved"
         )
-    return not state.engine.any(not (equal and shapes_agree))
+    return not state.engine.any(not equal)
 
 
 def _replay(state, samples, todo):
@@ -373,11 +516,75 @@ def _replay(state, samples, todo):
             with torch.no_grad():
                 state.method.replay(state.denoiser, batch)
 
+# %% ../nbs/library/40_train.ipynb #0dbcbe47
+def _peak(state, samples, index, steps, draws, size):
+    "Measure the bytes that a micro-batch takes on the GPU at most; leave no gradient behind."
+    state.config = dataclasses.replace(state.config, train_micro_batch_size=size)
+    batch = micro_batches(state, samples, index, steps, draws)[0]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _backward(state, batch, 1.0, last=False)
+    taken = torch.cuda.max_memory_allocated() - before
+    state.optimizer.zero_grad()
+    return taken
 
+
+def _room(one, two, free, later):
+    "Say how many rows fit into free bytes, from what one takes and what two take."
+    # a tenth is left for what the allocator cannot use; `later` is what the optimizer will keep
+    row = max(1, two - one)
+    return max(1, int((0.9 * free - later - (one - row)) // row))
+
+
+def _measured(state, samples, index, steps):
+    "Measure how many transitions a GPU takes at a time."
+    config, generator = state.config, state.generator(0, "measuring")
+    draws = state.method.draws(state.denoiser, steps.numel(), generator)
+    # the first pass of a process also loads kernels and makes workspaces
+    _, one, two = [_peak(state, samples, index, steps, draws, size) for size in (1, 1, 2)]
+    state.config = config
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    moments = 8 * sum(p.numel() for p in state.params)
+    return _room(one, two, free, 0 if state.optimizer.state else moments)
+
+
+def _recalled(state):
+    "Take over how many rows an earlier start of this run took at a time."
+    saved = state.folder / "checkpoints" / f"epoch_{state.epoch:04d}"
+    if not state.config.train_micro_batch_size and saved.is_dir():
+        old = read_config(saved)
+        names = ("train_micro_batch_size", "sample_micro_batch_size")
+        fields = {name: getattr(state.config, name) or getattr(old, name) for name in names}
+        state.config = dataclasses.replace(state.config, **fields)
+
+
+def _settle(state, samples, index, steps):
+    "Decide how many transitions are trained on at a time, where the configuration leaves it open."
+    config, n, engine = state.config, steps.numel(), state.engine
+    if config.train_micro_batch_size:
+        return
+    measures = engine.device.type == "cuda" and not engine.sharded
+    most = _measured(state, samples, index, steps) if measures else _fixed_size(state)
+    most = int(engine.gather(torch.tensor([most])).min())
+    fields = dict(train_micro_batch_size=_divisor(n, most))
+    if config.mixed_precision != "no" and samples.rollout.log_probs.shape[1]:
+        drawn = config.sample_micro_batch_size or config.sample_batch_size
+        both = _divisor(math.gcd(n, drawn), most)
+        # a pass saved is worth more than a fuller device, up to twice as full
+        if 2 * both >= fields["train_micro_batch_size"]:
+            fields = dict(train_micro_batch_size=both, sample_micro_batch_size=both)
+    state.config = dataclasses.replace(config, **fields)
+    how = "as this GPU's memory was measured" if measures else "a fixed choice, not measured"
+    found = ", ".join(f"{name} {value}" for name, value in fields.items())
+    state.progress.line(f"{found}: {how}")
+
+# %% ../nbs/library/40_train.ipynb #8409c8e3
 def _collected_steps(state, epoch):
     "Yield the optimizer steps of an epoch that collects all of its samples first."
     config, method = state.config, state.method
     method.before_epoch(state.denoiser)
+    _recalled(state)
     samples = collect(state)
     epoch.sampled = time.perf_counter()
     epoch.rewards, epoch.extras = samples.all_rewards, samples.extras
@@ -386,6 +593,7 @@ def _collected_steps(state, epoch):
     todo = []
     for inner_epoch in range(config.train_num_inner_epochs):
         todo += minibatches(state, inner_epoch)
+    _settle(state, samples, *todo[0])
     if config.mixed_precision != "no" and not _recorded_exactly(state, samples, *todo[0]):
         _replay(state, samples, todo)
     for index, steps in todo:
@@ -558,7 +766,7 @@ def _display(folder):
             if path.is_file():
                 display(Image(data=path.read_bytes()))
 
-# %% ../nbs/library/40_train.ipynb #1f4b8402
+# %% ../nbs/library/40_train.ipynb #f623989d
 def _steps(state, on_epoch, verbose):
     "Train to the end, with a line an epoch."
     config = state.config
@@ -572,7 +780,7 @@ def _steps(state, on_epoch, verbose):
                 continue
             state.progress.line(_epoch_line(state, step, verbose))
             if state.epoch == 1 and state.engine.is_main:
-                for finding in early_findings(state.folder, config):
+                for finding in early_findings(step.metrics, config):
                     state.progress.line(f"note: {finding}")
             if state.engine.any(on_epoch and on_epoch(step)):
                 break

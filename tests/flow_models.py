@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from sd_models import text_encoder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ddpo_scratch.models.sd import TINY
@@ -64,18 +65,9 @@ def t5(tokenizer, width):
 
 def clip(tokenizer, width, cls=transformers.CLIPTextModel):
     "Build CLIP's text encoder with two layers."
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=16,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return cls(config)
+    options = dict(intermediate_size=16, projection_dim=width, num_hidden_layers=2)
+    options |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    return text_encoder(cls, tokenizer, width, **options)
 
 
 TEMPLATE = (  # of Qwen-Image's prompts, without its special tokens

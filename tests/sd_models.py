@@ -40,16 +40,15 @@ SCHEDULERS = {  # scheduler/scheduler_config.json of each model, as published
 }
 
 
-def text_encoder(cls, tokenizer, hidden):
-    "Build a text encoder of three layers."
+def text_encoder(cls, tokenizer, hidden, **options):
+    "Build a text encoder of three layers, unless told otherwise."
+    sizes = dict(intermediate_size=32, projection_dim=16, num_hidden_layers=3)
     config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=3,
         num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length,
+        **sizes | options,
     )
     return cls(config)
 

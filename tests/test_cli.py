@@ -532,6 +532,33 @@ def test_two_threads_where_there_are_two(monkeypatch, setting, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    "given, before, policy",
+    [
+        ({}, "", "PASSIVE"),
+        (dict(OMP_WAIT_POLICY="ACTIVE"), "", "ACTIVE"),
+        (dict(GOMP_SPINCOUNT="1000"), "", "None"),
+        ({}, "import torch", "None"),
+    ],
+)
+def test_waiting_threads_sleep_unless_somebody_says_otherwise(given, before, policy):
+    "Said before torch is loaded, and never over what is said already."
+    code = f"""
+import os, sys
+{before}
+import ddpo_scratch.cli as cli
+assert "torch" not in sys.modules or {bool(before)}
+cli.ddpo_train(["--list", "presets"])
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | given
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == policy
+
+
 # ---------------------------------------------------------------- nothing runs that was only read
 
 HOSTILE = [

@@ -90,7 +90,20 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
         ),
         (
             dict(train_batch_size=24),
-            r"samples per epoch \(32 x 2 = 64\) must be a multiple of samples per update \(24 x 1",
+            r"samples per epoch \(32 x 2 = 64\) must be a multiple of samples per update "
+            r"\(24 x 1 = 24\): train_batch_size 16 or 32, or sample_batch_size 24 or 36 would do",
+        ),
+        (
+            dict(train_micro_batch_size=-1),
+            "train_micro_batch_size is -1, allowed is a whole number",
+        ),
+        (
+            dict(train_micro_batch_size="some"),
+            "train_micro_batch_size is 'some', but must be a num",
+        ),
+        (
+            dict(train_batch_size=3, train_gradient_accumulation_steps=7),
+            r"\(3 x 7 = 21\): sample_batch_size 21 or 42 would do",
         ),
         (dict(method="dqn"), "no method called 'dqn'.*ddpo_is"),
         (dict(method="ddpo_is", sample_eta=0.0), "a policy gradient needs noise in every step"),
@@ -108,6 +121,38 @@ def test_mistakes_are_named(fields, message):
     with pytest.raises(ValueError, match=message) as e:
         check_config(TrainConfig(**fields))
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("word", ["auto", " auto ", 0])
+def test_auto_is_kept_as_a_number(tmp_path, word):
+    config = check_config(TrainConfig(train_micro_batch_size=word))
+    assert config.train_micro_batch_size == 0 and config.seed == 0
+    file = tmp_path / "own.yaml"
+    file.write_text(f"train_micro_batch_size: {word}\n")
+    assert read_fields(file) == dict(train_micro_batch_size=0)
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
+    with pytest.raises(ValueError, match="seed is 'auto'"):
+        check_config(TrainConfig(seed="auto"))
+
+
+@pytest.mark.parametrize(
+    "batch, parts, drawn, times", [(24, 1, 32, 2), (5, 3, 7, 11), (9, 2, 8, 8)]
+)
+def test_batch_sizes_that_are_proposed_fit(batch, parts, drawn, times):
+    config = TrainConfig(
+        train_batch_size=batch,
+        train_gradient_accumulation_steps=parts,
+        sample_batch_size=drawn,
+        sample_num_batches_per_epoch=times,
+    )
+    with pytest.raises(ValueError, match="would do") as error:
+        check_config(config)
+    found = re.findall(r"(\w+_batch_size) (\d+)(?: or (\d+))?", str(error.value).split("): ")[-1])
+    assert found
+    for name, *sizes in found:
+        for size in filter(None, sizes):
+            check_config(dataclasses.replace(config, **{name: int(size)}))
 
 
 FLOATS = [name for name, f in FIELDS.items() if isinstance(f.default, float)]

@@ -18,14 +18,13 @@ from ddpo_scratch.diffusion import Conditioning, Denoiser, GaussianDenoiser, Sch
 from ddpo_scratch.methods.backprop import truncated_sample
 from ddpo_scratch.methods.base import find_method
 from ddpo_scratch.methods.gradients import (
-    RelativeReward,
     adjoint_sample,
     direct_align,
     drtune_sample,
     matching_loss,
     spread_steps,
 )
-from ddpo_scratch.rewards.base import Reward, get_reward
+from ddpo_scratch.rewards.base import RelativeReward, Reward, get_reward
 from ddpo_scratch.rewards.jpeg import jpeg_size_estimate
 from ddpo_scratch.rollout import (
     draw,
@@ -596,8 +595,8 @@ def test_a_relative_reward_asks_with_both_words():
         RelativeReward("target_color('teal')", "Free", "Red")
 
 
-def test_a_relative_reward_trains_by_its_path(tmp_path):
-    text = "ddpo_scratch.methods.gradients:RelativeReward('tiny_clip_score', 'red', 'blue')"
+def test_a_relative_reward_trains_by_its_name(tmp_path):
+    text = "relative('tiny_clip_score', 'red', 'blue')"
     assert get_reward(text).name == "relative(tiny_clip_score, red, blue)"
     fields = dict(sample_num_steps=2, sample_batch_size=2, train_batch_size=2, num_epochs=1)
     state = trained(small(tmp_path, method="srpo", reward_fn=text, **fields))

@@ -357,7 +357,10 @@ def test_findings_name_equal_groups_and_a_wrong_ratio():
     assert not list(FlowGRPO.findings(good, [], config))
     bad = dict(equal_groups=0.9, ratio_mean=0.97, ratio_expected=0.99)
     found = " ".join(FlowGRPO.findings(bad, [], config))
-    assert "equal_groups is 0.9" in found and "different policies" in found
+    assert "equal_groups is 90%" in found and "different policies" in found
+    (early,) = FlowGRPO.first_findings(dict(equal_groups=0.95), config)
+    assert early.startswith("equal_groups is 95%")
+    assert not list(FlowGRPO.first_findings(dict(equal_groups=0.9), config))
 
 
 # Windows.

@@ -272,23 +272,76 @@ def test_a_download_is_told_until_the_weights_are_there(tmp_path, monkeypatch):
     assert room._download_line(TrainConfig(model="somebody/their-model")) is None
 
 
+CPU = ("CPU", 16e9)
+
+
+def time_lines(config, device=CPU):
+    "What is said of a run's time: name -> text, of several of one name the last."
+    return dict(room._time_lines(config, 1, device))
+
+
 def test_time_is_work_over_a_rate(monkeypatch):
     monkeypatch.setattr(room, "_matrix_rate", lambda: 50e9)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     def minutes(**fields):
         return int(
-            re.search(r"about (\d+) minutes?\b", room._time_line(TrainConfig(**fields), 1))[1]
+            re.search(r"about (\d+) minutes?\b", time_lines(TrainConfig(**fields))["time"])[1]
         )
 
     twice, once = (minutes(num_epochs=n, eval_num_images=0) for n in (40, 20))
     assert twice == pytest.approx(2 * once, abs=1)
-    assert "about 1 minute on" in room._time_line(TrainConfig(num_epochs=1, eval_num_images=0), 1)
-    assert " for all epochs" in room._time_line(TrainConfig(), 1)
+    short = time_lines(TrainConfig(num_epochs=1, eval_num_images=0))["time"]
+    assert "about 1 minute, on" in short and "an epoch" not in short
+    assert " for all epochs, " in time_lines(TrainConfig())["time"]
+    # 64 pictures, each 20 passes to draw and 20 with a gradient, which count for three
+    seconds = 64 * 80 * 0.5e9 * 1.15 / (0.88 * 50e9)
+    assert f", {seconds:.0f} s an epoch, on" in time_lines(TrainConfig())["time"]
     assert minutes(height=128, eval_freq=0) == pytest.approx(2 * minutes(eval_freq=0), abs=1)
-    assert "without a GPU" in room._time_line(preset("blog"), 1)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert "not known" in room._time_line(preset("blog"), 1)
+    lines = time_lines(preset("blog"))
+    assert "without a GPU" in lines["time"]
+    assert re.findall(r"[A-Z]+\w*(?= \d)", lines["  an epoch, estimated"])[-1] == "H200"
+    assert set(time_lines(preset("flow_grpo_qwen"))) == {"time"}, "its passes were not counted"
+
+
+@pytest.mark.parametrize(
+    "device, words",
+    [
+        ("NVIDIA H200", "an epoch on an H200, .* from rates measured on it"),
+        ("NVIDIA A100-SXM4-40GB", "an epoch on an A100, .* estimated from the data sheet"),
+        ("NVIDIA GeForce RTX 4090", "an epoch on a RTX 4090"),
+        ("NVIDIA L40S", "not known before the first pictures"),
+    ],
+)
+def test_time_on_a_card_says_where_it_is_from(device, words):
+    lines = time_lines(preset("a100_sd15"), (device, 40e9))
+    assert re.search(words, lines["time"])
+    assert "estimated" in time_lines(preset("a100_sdxl"), ("NVIDIA H200", 150e9))["time"]
+    assert "not known" in time_lines(preset("flow_grpo_qwen"), (device, 150e9))["time"]
+
+
+@pytest.mark.parametrize("name", ["a100_sd15", "a100_sdxl", "a100_sd35", "trl_ddpo", "blog"])
+@pytest.mark.parametrize("card", ["T4", "A100", "H200"])
+def test_what_is_named_as_faster_is_and_fits_and_learns_the_same(name, card):
+    config, space = preset(name), 42e9
+    before = room._epoch_seconds(config, card)
+    for fields, seconds in room._faster(config, card, space):
+        changed = dataclasses.replace(config, **fields)
+        assert seconds == room._epoch_seconds(changed, card) < 0.95 * before
+        assert needs(changed) <= 0.8 * space
+        for count in ("samples_per_epoch", "samples_per_update", "updates"):
+            assert plan(changed)[count] == plan(config)[count]
+
+
+def test_larger_micro_batches_are_faster_where_launches_decide():
+    small = preset("a100_sd15", train_micro_batch_size=1)
+    found = [fields for fields, _ in room._faster(small, "H200", 150e9)]
+    assert any(fields.get("train_micro_batch_size", 0) >= 8 for fields in found)
+
+
+def test_passes_were_counted_on_the_networks_that_sizes_knows():
+    models = (SD1, SDXL, preset("a100_sd35").model, preset("flow_grpo_flux").model)
+    for model in models:
+        assert sizes(model)["network"] in room._COUNTED
 
 
 def test_presets_of_a_models_kind():
@@ -300,9 +353,12 @@ def test_presets_of_a_models_kind():
         "drlx_imagenet",
         "drlx_pickapic",
     }
+    assert suggest_presets(SD1).index("ddpo_pytorch_aesthetic") < suggest_presets(SD1).index("blog")
     assert suggest_presets("no/such-model-known") == ()
     sd35, flux, qwen = (preset(n).model for n in ("a100_sd35", "flow_grpo_flux", "flow_grpo_qwen"))
     assert suggest_presets(sd35)[0] == "a100_sd35" and "flow_grpo_ocr" in suggest_presets(sd35)
+    assert suggest_presets(flux)[0] == "flow_grpo_flux"
+    assert set(suggest_presets(flux)[1:]) == {"dance_grpo_flux", "mix_grpo_flux"}  # whole networks
     assert set(suggest_presets(flux)) == {"dance_grpo_flux", "flow_grpo_flux", "mix_grpo_flux"}
     assert suggest_presets(qwen) == ("flow_grpo_qwen",)
     models = ("tiny", SD1, SDXL, sd35, flux, qwen)
@@ -353,6 +409,39 @@ def test_memory_follows_the_size_of_the_pictures():
         assert wide[part] == 2 * own[part]
     assert own == memory(dataclasses.replace(config, height=512, width=512))
     assert own["weights"] == wide["weights"]
+
+
+def test_a_prompts_tokens_do_not_grow_with_the_picture_and_a_lora_keeps_less():
+    config = preset("a100_sd35", height=1024, width=1024)
+    own = memory(config)["activations"]
+    half = memory(dataclasses.replace(config, height=512))["activations"]
+    assert half / own == pytest.approx((2048 + 333) / (4096 + 333))
+    whole = memory(dataclasses.replace(config, use_lora=False))["activations"]
+    assert own / whole == pytest.approx(0.57)
+    wide = memory(dataclasses.replace(config, lora_targets="all"))["activations"]
+    assert wide == whole, "the other layers' inputs are kept for their own LoRA"
+
+
+@pytest.mark.parametrize(
+    "name, fields, most",
+    [
+        ("t4_sd15", {}, 4.5e9),
+        ("t4_sd15", dict(gradient_checkpointing=True, mixed_precision="bf16"), 3e9),
+        ("a100_sdxl", {}, 16e9),
+        ("a100_sd35", {}, 24e9),
+        ("blog", dict(train_use_8bit_adam=True), 24e9),
+    ],
+)
+def test_small_cards(name, fields, most):
+    config = preset(name, train_micro_batch_size=1, **fields)
+    assert needs(config) < most
+    assert needs(dataclasses.replace(config, train_micro_batch_size=0)) == needs(config)
+
+
+def test_a_measured_micro_batch_is_planned_with_one():
+    text = describe(preset("a100_sd15", train_micro_batch_size="auto"))
+    assert "with one transition at a time; the run measures how many fit" in text
+    assert "measures" not in describe(preset("a100_sd15"))
 
 
 def test_the_decoder_of_sdxl_stays_in_float32():

@@ -1,6 +1,7 @@
 "ImageReward and HPSv3 against numbers of their own libraries; UnifiedReward against a fake server."
 
 import base64
+import hashlib
 import importlib.util
 import io
 import json
@@ -10,6 +11,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import requests
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 import ddpo_scratch
 from ddpo_scratch.rewards import published
 from ddpo_scratch.rewards.base import RewardError, Scorer, compute_rewards, get_reward
+from ddpo_scratch.rewards.pixels import as_pictures
 from ddpo_scratch.rewards.published import HPSv3, ImageReward, UnifiedReward, final_score
 
 TOKENIZER = Path(ddpo_scratch.__file__).parent / "tiny_model" / "tokenizer"
@@ -142,6 +145,21 @@ def test_imagereward_says_what_is_missing(monkeypatch, tmp_path):
     assert "checkpoint='ImageReward.pt'" in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(ValueError, match="needs 'tensor' or 'published'"):
         get_reward("imagereward(preprocess='pil')")
+
+
+def test_imagereward_takes_the_published_file_at_its_commit_and_no_other(blip_file, monkeypatch):
+    download = mock.Mock(return_value=str(blip_file))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RewardError, match="ImageReward.pt: sha256 is .*: delete the file"):
+        Scorer(ImageReward(tokenizer=TOKENIZER)).load("cpu")
+    where = ("THUDM/ImageReward", "ImageReward.pt")
+    download.assert_called_once_with(*where, revision=ImageReward.published_revision)
+    # another commit has another file, of which nobody has published a checksum here
+    assert ImageReward(tokenizer=TOKENIZER, revision="main").load("cpu").network is not None
+    checksum = hashlib.sha256(blip_file.read_bytes()).hexdigest()
+    monkeypatch.setattr(ImageReward, "published_sha256", checksum)
+    assert ImageReward(tokenizer=TOKENIZER).load("cpu").network is not None
 
 
 # ---------------------------------------------------------------- HPSv3
@@ -273,7 +291,7 @@ def test_hpsv3_prepares_pictures_and_texts(hpsv3):
     assert height % 28 == width % 28 == 0 and 0.9 < height * width / 448**2 <= 1.2
     assert 1.7 < width / height < 2.4
     theirs = hpsv3.processor.image_processor(
-        images=Image.fromarray(published._as_bytes(images)[0]).resize((width, height)),
+        images=as_pictures(images)[0].resize((width, height)),
         return_tensors="pt",
     )["pixel_values"]
     assert torch.equal(inputs["pixel_values"][: len(theirs)], theirs)

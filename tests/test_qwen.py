@@ -11,10 +11,10 @@ import transformers
 from flow_models import PROMPTS, RUN, folder, inputs, qwen_configs, shake, streams, watched
 from runs import whole_and_resumed
 
-from ddpo_scratch.flow import CPS, ODE, FlowSDE
+from ddpo_scratch.flow import ODE
 from ddpo_scratch.models import base, flux, qwen
 from ddpo_scratch.models.lora import load_lora
-from ddpo_scratch.rollout import replay_log_prob, sample
+from ddpo_scratch.rollout import sample
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
@@ -94,41 +94,6 @@ def test_a_prompt_that_is_too_long_is_said():
     with pytest.warns(UserWarning, match=f"reads {n} tokens"):
         c = denoiser.encode(["1" * (n + 10)])
     assert c.mask.all() and c.cond.shape[1] == denoiser.n_text
-
-
-def test_one_sample_and_a_batch_agree():
-    "Indexed, joined, and in another order"
-    denoiser = fresh()
-    x, t, c = inputs(denoiser)
-    swapped_twice = type(c).cat([c[1], c[0]])[[1, 0]]
-    with torch.no_grad():
-        both = denoiser(x, t, c)
-        alone = torch.cat([denoiser(x[i : i + 1], t[i : i + 1], c[i]) for i in range(2)])
-        torch.testing.assert_close(both, alone, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(denoiser(x, t, swapped_twice), both, atol=1e-6, rtol=1e-6)
-        assert (denoiser(x, t, c[[1, 0]]) - both).abs().max() > 1e-4
-
-
-# ---- precision
-
-
-@pytest.mark.parametrize(
-    "dtype,rule,guidance",
-    [
-        (torch.float32, FlowSDE(), W),
-        (torch.float32, CPS(), 1.0),
-        (torch.bfloat16, FlowSDE(), W),
-        (torch.float16, CPS(), W),
-    ],
-)
-def test_a_rollout_replays_with_ratio_one(dtype, rule, guidance):
-    "Weights and stored latents of this precision; the gradient flows in the replay"
-    denoiser = fresh(guidance, dtype=dtype)
-    shake(denoiser.trainable(2, 2))
-    rollout = sample(denoiser, denoiser.encode(PROMPTS), 4, rule, streams(), dtype)
-    again = replay_log_prob(denoiser, rollout, rule)
-    assert rollout.xs.dtype == dtype and rollout.log_probs.isfinite().all()
-    assert again.requires_grad and torch.equal(again.detach(), rollout.log_probs)
 
 
 # ---- what is trained

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import functional as TF
 
 import ddpo_scratch
+from ddpo_scratch.rewards import frozen
 from ddpo_scratch.rewards import models as reward_models
 from ddpo_scratch.rewards.base import RewardError, Scorer, compute_rewards, get_reward
 from ddpo_scratch.rewards.models import (
@@ -47,6 +48,7 @@ from ddpo_scratch.rewards.models import (
     aesthetic_head,
     llava_server,
 )
+from ddpo_scratch.rewards.pixels import read_png
 
 TOKENIZER = Path(ddpo_scratch.__file__).parent / "tiny_model" / "tokenizer"
 QUESTION = "Answer concisely: what is going on in this image?"
@@ -66,7 +68,7 @@ def threads():
 def hub(monkeypatch):
     "The hub, which is asked for nothing here; repositories about which it was asked."
     asked = []
-    monkeypatch.setattr(reward_models, "_ask_hub", asked.append)
+    monkeypatch.setattr(frozen, "_ask_hub", asked.append)
     return asked
 
 
@@ -627,7 +629,7 @@ def test_without_a_network_one_line_says_what_to_do(reward, repository, monkeypa
         assert asked == repository
         raise requests.ConnectionError(mock.Mock(reason="no such host"))
 
-    monkeypatch.setattr(reward_models, "_ask_hub", silent)
+    monkeypatch.setattr(frozen, "_ask_hub", silent)
     message = (
         f"cannot be loaded: ConnectionError: {repository} cannot be loaded .*no such host.*FI?O?LE?"
     )
@@ -644,9 +646,9 @@ def test_the_hub_is_asked_only_for_what_is_not_here(tmp_path, monkeypatch):
     (tmp_path / "models--mine--here").mkdir()
     with mock.patch("requests.head") as head:
         for repository in ("mine/here", str(tmp_path), tmp_path):
-            reward_models._ask_hub(repository)
+            frozen._ask_hub(repository)
         assert not head.called
-        reward_models._ask_hub("mine/there")
+        frozen._ask_hub("mine/there")
         head.assert_called_once_with(constants.ENDPOINT, timeout=30)
 
 
@@ -1188,7 +1190,7 @@ def test_a_bomb_is_refused_by_its_header():
     bomb = png(12_000, 12_000, "1")
     with mock.patch("PIL.Image.Image.convert", side_effect=AssertionError("decoded")):
         with pytest.raises(ValueError, match="144,000,000 pixels: at most 4,194,304 each"):
-            reward_models._from_png([bomb])
+            read_png([bomb])
 
 
 def test_a_silent_client_keeps_nobody_waiting(capsys):

@@ -38,6 +38,7 @@ from ddpo_scratch.train import collect, micro_batches
 PROMPTS = [f"p{k}" for k in (0, 1, 0, 2, 1, 0, 1, 1, 0, 3)]
 SUM = "jpeg_compressibility + 2*tiny_animal"
 GARDO = "jpeg_compressibility + 0*tiny_animal + 0*tiny_clip_score"
+GATED = dict(reward_fn=GARDO, kl_weight=1.0)
 
 
 def normal(*shape, seed=0):
@@ -224,11 +225,9 @@ def test_factors_are_one_in_the_mean_of_a_group():
         (lambda: kl_gate([1.0, 2.0], [[1.0, 2.0]], 0.0), "share in"),
         (lambda: find_shaping("rank"), "did you mean ranks"),
         (lambda: find_shaping("ranks(2)"), "ranks takes"),
-        (lambda: find_shaping("gardo(share=0)"), "0 < share <= 1"),
-        (lambda: find_shaping("gardo(share=True)"), "0 < share <= 1"),
-        (lambda: find_shaping("gardo(diversity=1)"), "True or False"),
-        (lambda: find_shaping("gardo(refresh=-1)"), "a number of epochs, or 0"),
-        (lambda: find_shaping("gardo(refresh=True)"), "a number of epochs, or 0"),
+        (lambda: find_shaping("gardo(share=True)"), "share is True .*, expected a value like 0.1"),
+        (lambda: find_shaping("gardo(diversity=1)"), "diversity is 1 .*like True"),
+        (lambda: find_shaping("gardo(refresh=True)"), "refresh is True .*like 0"),
         (lambda: find_shaping("file.py:Mine"), "no shaping called .*; known: "),
     ],
 )
@@ -243,6 +242,9 @@ def test_bad_input(call, words):
         (dict(reward_shaping="gdpo"), "write a sum such as"),
         (dict(reward_shaping="gardo", kl_weight=1.0), "is a single one"),
         (dict(reward_shaping="gardo", reward_fn=GARDO), "set kl_weight"),
+        (dict(GATED, reward_shaping="gardo(share=0)"), "allowed for gardo is 0 < share <= 1"),
+        (dict(GATED, reward_shaping="gardo(share=2)"), "share is 2, allowed for gardo"),
+        (dict(GATED, reward_shaping="gardo(refresh=-1)"), "a number of epochs, or 0"),
         (dict(reward_shaping="ranks", method="refl", reward_fn="brightness"), "follows the grad"),
         (dict(reward_shaping="gdpo(", reward_fn=SUM), "bracket"),
     ],

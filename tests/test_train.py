@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from runs import numbers, small, trained, whole_and_resumed
+from runs import leave_in, numbers, small, trained, whole_and_resumed
 
 import ddpo_scratch.train as module
 from ddpo_scratch.checkpoint import find_checkpoint
@@ -333,6 +333,132 @@ def test_an_offloaded_reward_waits_on_the_cpu(tmp_path):
     assert moved.moves == ["cpu", "scored", "cpu"]
     collect(setup(small(tmp_path), reward_fn=moved))
     assert moved.moves[3:] == ["scored"]
+
+
+# A full memory.
+
+
+def holds(state, most, with_gradient=True):
+    "Let a network run out of memory above some rows of one pass."
+
+    def full(network, inputs):
+        if len(inputs[0]) > most and torch.is_grad_enabled() == with_gradient:
+            raise torch.OutOfMemoryError(f"no room for {len(inputs[0])} rows")
+
+    state.denoiser.network.register_forward_pre_hook(full)
+    lines = []
+    state.progress.line = lines.append
+    return lines
+
+
+def ran(state):
+    for _ in train(state=state):
+        pass
+    return torch.cat([p.detach().flatten() for p in state.params])
+
+
+FULL = {"ddpo_is": {}, "rwr": dict(method="rwr"), "kl": dict(kl_weight=0.1)}
+
+
+@pytest.mark.parametrize("fields", FULL.values(), ids=FULL)
+def test_an_update_is_repeated_by_halves_where_the_memory_is_full(tmp_path, fields):
+    "20 transitions an update, and room for 6: twice halved, with the numbers of the plain run."
+    start = torch.cat([p.detach().flatten() for p in setup(small(tmp_path, **fields)).params])
+    plain = ran(setup(small(tmp_path, run_name="plain", **fields)))
+    state = setup(small(tmp_path, run_name="halved", **fields))
+    lines = holds(state, 6)
+    halved = ran(state)
+    assert state.config.train_micro_batch_size == 5 and len(lines) == 2
+    assert "memory is full at train_micro_batch_size 20: it is 10 from here on" in lines[0]
+    # rounding alone: sums of 5 transitions in place of 20
+    assert (halved - plain).norm() < 1e-3 * (plain - start).norm()
+    for a, b in zip(numbers(tmp_path / "plain"), numbers(tmp_path / "halved"), strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=2e-3)
+    saved = read_config(find_checkpoint(tmp_path / "halved"))
+    assert saved.train_micro_batch_size == 5, "a resumed run goes on with it"
+
+
+def test_samples_are_drawn_by_halves_where_the_memory_is_full(tmp_path):
+    plain, state = collect(setup(small(tmp_path))), setup(small(tmp_path))
+    lines = holds(state, 3, with_gradient=False)
+    pieces = collect(state)
+    assert state.config.sample_micro_batch_size == 2 and len(lines) == 2
+    assert pieces.prompts == plain.prompts and pieces.at_once == 2
+    torch.testing.assert_close(pieces.rollout.xs, plain.rollout.xs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pieces.rewards, plain.rewards, atol=2e-3, rtol=0)
+    assert state.config.sample_batch_size == 8, "what decides an epoch stays"
+
+
+def test_pictures_are_decoded_by_halves_where_the_memory_is_full(tmp_path):
+    plain, state = collect(setup(small(tmp_path))), setup(small(tmp_path))
+    decoded, sizes = state.denoiser.decoded, []
+
+    def narrow(z):
+        sizes.append(len(z))
+        if len(z) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return decoded(z)
+
+    state.denoiser.decoded = narrow
+    pieces = collect(state)
+    assert sizes == [8, 4, 2, 2, 2, 2] and state.config.decode_batch_size == 2
+    assert state.config.sample_micro_batch_size == 0
+    torch.testing.assert_close(pieces.images, plain.images, atol=1e-4, rtol=1e-4)
+
+
+def test_one_transition_that_does_not_fit_ends_with_what_to_turn(tmp_path):
+    state = setup(small(tmp_path))
+    holds(state, 0)
+    before = [p.clone() for p in state.params]
+    with pytest.raises(torch.OutOfMemoryError, match="train_micro_batch_size 1 .*checkpointing"):
+        next(train(state=state))
+    assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
+    state = setup(small(tmp_path, **ALIGN))
+    holds(state, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="train_batch_size 4: try backprop_check"):
+        backprop_update(state, 0)
+
+
+def test_processes_that_wait_for_each_other_do_not_repeat_an_update(tmp_path):
+    state = setup(small(tmp_path))
+    state.engine.world = 2
+    holds(state, 6)
+    with pytest.raises(
+        torch.OutOfMemoryError, match="process 0 of 2.*set train_micro_batch_size be"
+    ):
+        module._where_it_fits(state, "train_micro_batch_size", 20, out_of_memory, exchanges=True)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_auto_is_settled_once_recorded_and_gone_on_with(tmp_path, precision):
+    "In half precision sampling takes the number over, and old log-probs are exact from then on."
+    fields = dict(train_micro_batch_size="auto", mixed_precision=precision, num_epochs=3)
+    fields |= dict(train_batch_size=8, train_timestep_fraction=0.2)
+    whole = trained(small(tmp_path, run_name="whole", **fields))
+    assert whole.config.train_micro_batch_size == 8
+    assert whole.config.sample_micro_batch_size == (8 if precision == "bf16" else 0)
+    leave_in(small(tmp_path, run_name="cut", **fields), epoch=2)
+    cut = str(tmp_path / "cut")
+    # as the command does; and by the configuration of the beginning, which has measured nothing
+    asked = read_config(find_checkpoint(cut), resume_from=cut)
+    if precision == "no":
+        asked = small(tmp_path, resume_from=cut, **fields)
+        assert asked.train_micro_batch_size == 0
+    resumed = setup(asked)
+    ran(resumed)
+    assert resumed.config.train_micro_batch_size == 8
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert all(row["ratio_first"] <= 1e-6 for row in numbers(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("room, found", [(20e9, 8), (1e9, 1), (1e12, 449)])
+def test_what_fits_follows_from_what_one_and_two_take(room, found):
+    assert module._room(3e9, 5e9, room, 0) == found
 
 
 # The other methods.

@@ -41,7 +41,7 @@ KATEX_SHA512 = (
     "RQrI8rlHY92OLf3rho/Ts8i/XvjgguEjOkO1BEXcU3N8BqPpSzBNwV/G0Ukr+P/l3ivvJUE/Fa/CwbS6HesGNQ=="
 )
 KATEX_FILES = ("katex.min.css", "katex.min.js", "contrib/auto-render.min.js", "fonts/*.woff2")
-SHARED_PICTURE = "images/readme-2-0.png"  # of nbs/, shown where a link to the site is shared
+SHARED_PICTURE = "images/front.png"  # of nbs/, shown where a link to the site is shared
 CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/")
 
 

@@ -26,7 +26,7 @@ from .base import Denoising
 from ..prompts import from_file
 from ..rollout import Rollout, step_log_prob, trainable_steps
 
-# %% ../../nbs/book/12_preference.ipynb #64a4a827
+# %% ../../nbs/book/12_preference.ipynb #8ae522c6
 def _same_shape(who, *tensors):
     "Refuse numbers of different shapes, which would be paired by broadcasting."
     shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -41,7 +41,7 @@ def dpo_loss(
     error_l,  # (n,) of its loser, at the same time and with the same noise
     base_error_w,  # (n,) the base model's loss there, a constant
     base_error_l,  # (n,) the base model's
-    beta,  # > 0: how dear it is to leave the base model; 2000 to 5000 for Stable Diffusion
+    beta,  # > 0: what leaving the base model costs; 2000 to 5000 for Stable Diffusion
     reduction="mean",  # "mean" over pairs, or "none"
 ) -> Tensor:  # scalar, or (n,)
     "Compute Diffusion-DPO's loss of pairs (Wallace et al. 2023, arXiv 2311.12908, eq. 14)."
@@ -66,13 +66,13 @@ def kto_loss(
     losses = label.abs() * (1 - torch.sigmoid(label * beta * (gain - anchor)))
     return losses.mean() if reduction == "mean" else losses
 
-# %% ../../nbs/book/12_preference.ipynb #0f51d74d
+# %% ../../nbs/book/12_preference.ipynb #6750c719
 def d3po_loss(
     log_prob_w,  # (n,) of a step of each winner, with gradient: mean over dimensions
     log_prob_l,  # (n,) of the same step of its loser
     base_log_prob_w,  # (n,) under the base model, a constant
     base_log_prob_l,  # (n,) under the base model
-    beta,  # > 0: how dear it is to leave the base model; 0.1 in the authors' code
+    beta,  # > 0: what leaving the base model costs; 0.1 in the authors' code
     clip_range,  # > 0: ratios are clipped to 1 - clip_range ... 1 + clip_range
     reduction="mean",  # "mean" over pairs, or "none"
 ) -> Tensor:  # scalar, or (n,)
@@ -231,7 +231,7 @@ def _gauges(counted, margin, **changes):
     columns = dict(preferred=(margin > 0).float(), margin=margin, **changes)
     return {name: (column * counted).sum() / n for name, column in columns.items()}
 
-# %% ../../nbs/book/12_preference.ipynb #4dd1f5e1
+# %% ../../nbs/book/12_preference.ipynb #8cea93b2
 class Preference(Denoising):
     "Compare a policy's denoising errors with the base model's: what these methods share."
 
@@ -240,7 +240,7 @@ class Preference(Denoising):
 
     @dataclass(frozen=True)
     class Options:
-        "Say how dear it is to leave the base model."
+        "Say what leaving the base model costs."
 
         # above 0; with errors that are means over dimensions; Stable Diffusion's 2000 to 5000
         # belong to 16,384 of them
@@ -480,7 +480,7 @@ class KTO(Preference):
         gain, count = state["seen"]
         self._seen = [float(gain), float(count)]
 
-# %% ../../nbs/book/12_preference.ipynb #748c04fe
+# %% ../../nbs/book/12_preference.ipynb #2802b5e8
 class D3PO(DPO):
     "Prefer the steps of each group's best to those of its worst (D3PO, arXiv 2311.13231)."
 
@@ -488,7 +488,7 @@ class D3PO(DPO):
 
     @dataclass(frozen=True)
     class Options:
-        "Say how dear it is to leave the base model, and how far a step may."
+        "Say what leaving the base model costs, and how far a step may."
 
         beta: float = 0.1  # above 0; of log-ratios that are means over dimensions
         clip_range: float = 0.1  # between 0 and 1: of the ratio to the base model

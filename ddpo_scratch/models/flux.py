@@ -43,7 +43,7 @@ def position_ids(
     # up to some thousand, and float32 is exact far beyond
     return torch.cartesian_prod(*[torch.arange(float(n), device=device) for n in counts])
 
-# %% ../../nbs/library/56_flux.ipynb #f85fdcdc
+# %% ../../nbs/library/56_flux.ipynb #3dfeb85c
 class PackedPipeline(FlowPipeline):
     "Drive a pipeline whose transformer reads patches of 2 x 2 as tokens: what these share."
 
@@ -101,6 +101,25 @@ class PackedPipeline(FlowPipeline):
             halves=cls.halves,
         )
 
+    def ask(
+        self,
+        tokens,  # (b, n_tokens, d) of the noisy latents, in the weights' dtype
+        t,  # (b,) times in [0, 1000]
+        c,  # Conditioning of b samples
+        halves,  # what to condition on: some of "uncond" and "cond"
+        **inputs,  # what else this network takes
+    ) -> Tensor:  # (n*b, n_tokens, d), one half after the other
+        "Ask the network about all halves in one pass."
+        n = len(halves)
+        return self.network(
+            hidden_states=torch.cat([tokens] * n),
+            # rounded before it is divided, as in the pipelines
+            timestep=torch.cat([t.to(tokens.dtype) / 1000] * n),
+            encoder_hidden_states=self.joined(c, halves),
+            return_dict=False,
+            **inputs,
+        )[0]
+
 # %% ../../nbs/library/56_flux.ipynb #a2f7039e
 _DEV = dict(network=11_901_408_320, text=4_885_371_136, vae=83_819_683)
 _DEV |= dict(attention=1_634_304, all=2_801_664, kept=17_751_343_104, halves=1)
@@ -108,7 +127,7 @@ _DEV |= dict(channels=16, latent=(128, 128), side=128, factor=8, width=4096, tok
 _DEV |= dict(decoder_needs_float32=True)
 _SCHNELL = _DEV | dict(network=11_891_178_560)
 
-# %% ../../nbs/library/56_flux.ipynb #87fd4869
+# %% ../../nbs/library/56_flux.ipynb #c3dccde6
 ATTENTION = [
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -167,18 +186,13 @@ class Flux(PackedPipeline):
         "Ask the network, which is told the scale of guidance where it was made for it."
         rows, columns = x_t.shape[-2:]
         is_told = self.bare.config.guidance_embeds
-        tokens = self.network(
-            hidden_states=pack(x_t),
-            # rounded before it is divided, as in the pipeline
-            timestep=t.to(x_t.dtype) / 1000,
+        inputs = dict(
             guidance=torch.full_like(t, self.guidance_scale) if is_told else None,
-            encoder_hidden_states=c.cond,
             pooled_projections=c.pooled,
             txt_ids=torch.zeros(c.cond.shape[1], 3, device=x_t.device),
             img_ids=position_ids(1, rows // 2, columns // 2, device=x_t.device),
-            return_dict=False,
-        )[0]
-        return unpack(tokens, rows, columns)
+        )
+        return unpack(self.ask(pack(x_t), t, c, halves, **inputs), rows, columns)
 
 # %% ../../nbs/library/56_flux.ipynb #6d6a712e
 @dataclass(frozen=True, eq=False)
@@ -204,7 +218,7 @@ _BASE_4B |= dict(decoder_needs_float32=False)
 _BASE_9B = _BASE_4B | dict(network=9_078_581_248, text=8_190_735_360, width=12288)
 _BASE_9B |= dict(attention=1_998_848, all=2_719_744, kept=15_552_479_232)
 
-# %% ../../nbs/library/56_flux.ipynb #fe4b8d51
+# %% ../../nbs/library/56_flux.ipynb #9019b8be
 _JOINED = ["attn.to_qkv_mlp_proj"]
 _JOINED += [f"single_transformer_blocks.{i}.attn.to_out" for i in range(24)]
 
@@ -285,16 +299,12 @@ class Flux2Klein(PackedPipeline):
         halves,  # what to condition on: some of "uncond" and "cond"
     ) -> Tensor:  # (n*b, *latent_shape) velocities, one half after the other
         "Ask the network about all halves in one pass."
-        n, (rows, columns) = len(halves), x_t.shape[-2:]
-        embeddings = self.joined(c, halves)
-        tokens = self.network(
-            hidden_states=torch.cat([x_t.flatten(2).transpose(1, 2)] * n),
-            timestep=torch.cat([t.to(x_t.dtype) / 1000] * n),
-            encoder_hidden_states=embeddings,
-            txt_ids=position_ids(1, 1, 1, embeddings.shape[1], device=x_t.device),
+        rows, columns = x_t.shape[-2:]
+        inputs = dict(
+            txt_ids=position_ids(1, 1, 1, c.cond.shape[1], device=x_t.device),
             img_ids=position_ids(1, rows, columns, 1, device=x_t.device),
-            return_dict=False,
-        )[0]
+        )
+        tokens = self.ask(x_t.flatten(2).transpose(1, 2), t, c, halves, **inputs)
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
     def scaled(

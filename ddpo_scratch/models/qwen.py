@@ -21,7 +21,7 @@ def keep_length(
     tokens, wanted = pack(mixed), pack(cond).norm(dim=-1, keepdim=True)
     return unpack(tokens * (wanted / tokens.norm(dim=-1, keepdim=True)), *cond.shape[-2:])
 
-# %% ../../nbs/library/57_qwen.ipynb #2993a58f
+# %% ../../nbs/library/57_qwen.ipynb #fef0bdf6
 _QWEN = dict(network=20_430_401_088, text=8_292_166_656, vae=126_892_531)
 _QWEN |= dict(attention=2_949_120, all=6_635_520, kept=19_251_855_360, halves=2)
 _QWEN |= dict(channels=16, latent=(128, 128), side=128, factor=8, width=3584, tokens=256)
@@ -85,18 +85,13 @@ class QwenImage(PackedPipeline):
         halves,  # what to condition on: some of "uncond" and "cond"
     ) -> Tensor:  # (n*b, *latent_shape) velocities, one half after the other
         "Ask the network about all halves in one pass."
-        n, (rows, columns) = len(halves), x_t.shape[-2:]
-        tokens = self.network(
-            hidden_states=torch.cat([pack(x_t)] * n),
-            # rounded before it is divided, as in the pipeline
-            timestep=torch.cat([t.to(x_t.dtype) / 1000] * n),
-            encoder_hidden_states=self.joined(c, halves),
+        rows, columns = x_t.shape[-2:]
+        inputs = dict(
             encoder_hidden_states_mask=self.joined(c, halves, "mask"),
             # one frame, whose tokens are counted
-            img_shapes=[[(1, rows // 2, columns // 2)]] * (n * len(x_t)),
-            return_dict=False,
-        )[0]
-        return unpack(tokens, rows, columns)
+            img_shapes=[[(1, rows // 2, columns // 2)]] * (len(halves) * len(x_t)),
+        )
+        return unpack(self.ask(pack(x_t), t, c, halves, **inputs), rows, columns)
 
     def guide(
         self,

@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'read_pipeline', 'load_pipeline', 'PipelineDenoiser', 'StableDiffusion', 'StableDiffusionXL', 'denoiser_for',
            'lora_size']
 
-# %% ../../nbs/library/22_sd.ipynb #6340480e
+# %% ../../nbs/library/22_sd.ipynb #3ac5645d
 import copy
 import json
 import math
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..diffusion import Conditioning, Denoiser, Schedule, widen
 from .base import find_model, pipeline_class, quiet_bars, split_revision
+from .half import compute_in_half
 from ddpo_scratch.models.lora import (
     LORA_TARGETS,
     adapters,
@@ -183,7 +184,7 @@ def _sides(sample_size):
     pair = sample_size if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
     return tuple(int(n) for n in pair)
 
-# %% ../../nbs/library/22_sd.ipynb #598f0f59
+# %% ../../nbs/library/22_sd.ipynb #e0b17027
 def _ids(tokenizer, encoder, prompt):
     "Tokenize one prompt: ids (1, n_tokens), padded or cut to the tokenizer's length."
     length = tokenizer.model_max_length
@@ -206,7 +207,12 @@ def _compile(unet, fused_attention):
     # GPU's is not, and slices have a processor of their own.
     if not fused_attention:
         unet.set_attn_processor(AttnProcessor())
-    unet.compile()
+        unet.compile()
+        return
+    # whole, a U-Net of Stable Diffusion's size takes minutes; its blocks share what is compiled
+    for module in unet.modules():
+        if type(module).__name__ in unet._repeated_blocks:
+            module.compile()
 
 
 def _weights_of(folder, part, network):
@@ -234,7 +240,7 @@ def _with_weights(pipe, weights, cls):
     setattr(whole, part, network)
     return whole
 
-# %% ../../nbs/library/22_sd.ipynb #0a2e78cb
+# %% ../../nbs/library/22_sd.ipynb #5b5d0cc5
 class PipelineDenoiser(Denoiser):
     "Drive a diffusers pipeline that makes pictures of prompts and noise: what families share."
 
@@ -509,6 +515,9 @@ class PipelineDenoiser(Denoiser):
             self.bare.enable_gradient_checkpointing()
         if compile:
             self.compile_network(fused_attention=self.device.type != "cpu" or slicing)
+        # of a network that is compiled whole, autocast's casts are compiled away
+        if not self.bare._compiled_call_impl:
+            compute_in_half(self.bare)
 
     def trainable(
         self,

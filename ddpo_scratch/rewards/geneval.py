@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['COLORS', 'relations', 'sure_boxes', 'graded', 'is_right', 'Detector', 'ColorNamer', 'GenEval']
 
-# %% ../../nbs/library/64_geneval.ipynb #334b0e9b
+# %% ../../nbs/library/64_geneval.ipynb #a59d0a85
 import itertools
 from collections.abc import Callable
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 
-from .base import Reward, reward
-from .models import CLIPReward, Frozen, _as_bytes, _dtype, _from_hub
+from .base import Composed, reward
+from .frozen import Frozen, find_dtype, from_hub
+from .models import CLIPReward
+from .pixels import as_pictures
 
 # %% ../../nbs/library/64_geneval.ipynb #064b40c3
 def relations(
@@ -33,7 +34,7 @@ def relations(
     sides = {"left of": -x, "right of": x, "above": -y, "below": y}
     return {name for name, share in sides.items() if share > 0.5}
 
-# %% ../../nbs/library/64_geneval.ipynb #009d9d84
+# %% ../../nbs/library/64_geneval.ipynb #63894fdb
 def _overlap(a, b):
     "Divide the intersection of two boxes by their union, counting pixels as GenEval does."
 
@@ -43,7 +44,7 @@ def _overlap(a, b):
     both = area(*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:]))
     return both / (area(*a) + area(*b) - both)
 
-
+# %% ../../nbs/library/64_geneval.ipynb #417f706b
 def sure_boxes(
     found,  # pairs of confidence and box
     threshold,  # confidence that must be exceeded
@@ -58,12 +59,12 @@ def sure_boxes(
             kept.append(tuple(box))
     return kept
 
-# %% ../../nbs/library/64_geneval.ipynb #45caaeb4
+# %% ../../nbs/library/64_geneval.ipynb #391b05a2
 def _lie(boxes, others, relation):
     "Tell whether all of these boxes lie where they should, seen from all others."
     return all(relation in relations(a, b) for a, b in itertools.product(boxes, others))
 
-
+# %% ../../nbs/library/64_geneval.ipynb #6af3911f
 def graded(
     wishes,  # list of dicts: class, count, perhaps color, perhaps position
     boxes,  # dict: class -> list of boxes
@@ -112,11 +113,22 @@ def is_right(
     too_many = (len(boxes.get(w["class"], [])) >= w["count"] for w in metadata.get("exclude", []))
     return None not in met and not any(too_many)
 
-# %% ../../nbs/library/64_geneval.ipynb #33f3a88e
+# %% ../../nbs/library/64_geneval.ipynb #a271e9b6
 # COCO's names of GenEval's classes, where they differ
 _COCO = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
 
 
+def _own_names(known, names, model):
+    "Map the labels of a detector of COCO's classes to the names that are asked for."
+    own = {_COCO.get(name, name): name for name in names}
+    if missing := own.keys() - known.values():
+        raise ValueError(
+            f"geneval: {model} does not know {', '.join(sorted(missing))}: "
+            "use an open detector, such as google/owlv2-base-patch16-ensemble"
+        )
+    return {i: own[label] for i, label in known.items() if label in own}
+
+# %% ../../nbs/library/64_geneval.ipynb #72a9755c
 class Detector(Frozen):
     "Find things by a detector of transformers: an open one, or one that knows COCO's classes."
 
@@ -128,7 +140,7 @@ class Detector(Frozen):
         revision=None,  # commit of `model` on the hub; None: the newest
     ):
         self.model = model
-        self.dtype = _dtype(dtype)
+        self.dtype = find_dtype(dtype)
         self.batch_size = batch_size
         self.revision = revision
 
@@ -143,7 +155,7 @@ class Detector(Frozen):
         )
 
         options = dict(revision=self.revision)
-        with _from_hub(self.model, "give geneval(model='FOLDER')"):
+        with from_hub(self.model, "give geneval(model='FOLDER')"):
             config = AutoConfig.from_pretrained(self.model, **options)
             self.is_open = type(config) in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING
             if self.is_open and not config.model_type.startswith("owl"):
@@ -165,21 +177,13 @@ class Detector(Frozen):
         if self.is_open:
             asked["text"] = [[f"a photo of a {name}" for name in names]] * len(pictures)
         outputs = self.network(**self.processor(**asked).to(self.device, self.dtype))
-        # the threshold is the reward's affair
         after = dict(threshold=0.0, target_sizes=sizes)
         if self.is_open:
             results = self.processor.post_process_grounded_object_detection(outputs, **after)
             labels = dict(enumerate(names))
         else:
             results = self.processor.post_process_object_detection(outputs, **after)
-            own = {_COCO.get(name, name): name for name in names}
-            known = self.network.config.id2label
-            labels = {i: own[label] for i, label in known.items() if label in own}
-            if missing := own.keys() - known.values():
-                raise ValueError(
-                    f"geneval: {self.model} does not know {', '.join(sorted(missing))}: "
-                    "use an open detector, such as google/owlv2-base-patch16-ensemble"
-                )
+            labels = _own_names(self.network.config.id2label, names, self.model)
         found = []
         for result in results:
             triples = zip(result["labels"], result["scores"], result["boxes"])
@@ -194,10 +198,8 @@ class Detector(Frozen):
         names,  # b lists of class names
     ) -> list:  # b lists of triples: name, confidence, box in pixels
         "Find the named things in each picture."
-        from PIL import Image
-
         self.load(images.device)
-        pictures = [Image.fromarray(array) for array in _as_bytes(images)]
+        pictures = as_pictures(images)
         found = []
         # the pictures of a prompt share their names, and lie side by side
         for same, pairs in itertools.groupby(zip(names, pictures), key=lambda pair: pair[0]):
@@ -248,7 +250,7 @@ class ColorNamer(CLIPReward):
             colors.append(COLORS[(arrow @ self._colors(name).T).argmax().item()])
         return colors
 
-# %% ../../nbs/library/64_geneval.ipynb #2948df33
+# %% ../../nbs/library/64_geneval.ipynb #048ab89b
 def _wishes(prompt, metadata):
     "Return a prompt's wishes, or refuse metadata without them."
     wishes = metadata.get("include")
@@ -259,9 +261,9 @@ def _wishes(prompt, metadata):
         )
     return wishes
 
-
+# %% ../../nbs/library/64_geneval.ipynb #918b915e
 @reward("geneval")
-class GenEval(Reward):
+class GenEval(Composed):
     "Score counts, colours and places of things by a detector and CLIP (arXiv 2310.11513)."
 
     name = "geneval"
@@ -288,25 +290,9 @@ class GenEval(Reward):
         self.counting_threshold = counting_threshold
         self.overlap = overlap
 
-    def load(
-        self,
-        device=None,  # a torch.device or its name; None: where the first pictures are
-    ) -> Self:  # itself
-        "Load both networks."
-        for part in (self.detector, self.namer):
-            if hasattr(part, "load"):
-                part.load(device)
-        return self
-
-    def to(
-        self,
-        device,  # a torch.device or its name
-    ) -> Self:  # itself
-        "Move both networks."
-        for part in (self.detector, self.namer):
-            if hasattr(part, "to"):
-                part.to(device)
-        return self
+    def holds(self) -> tuple:  # of two
+        "List what finds things, and what names their colours."
+        return (self.detector, self.namer)
 
     def _boxes(self, triples, metadata):
         "Keep what is sure: class -> boxes."

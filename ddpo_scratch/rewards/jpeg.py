@@ -6,7 +6,7 @@
 __all__ = ['jpeg_size', 'jpeg_compressibility', 'jpeg_incompressibility', 'jpeg_size_estimate', 'jpeg_compressibility_estimate',
            'jpeg_incompressibility_estimate']
 
-# %% ../../nbs/library/27_jpeg.ipynb #b50446b2
+# %% ../../nbs/library/27_jpeg.ipynb #e6033f1d
 import functools
 import io
 import math
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .base import reward
+from .pixels import as_bytes
 
 # %% ../../nbs/library/27_jpeg.ipynb #83d40855
 def _file_size(image, quality):
@@ -27,7 +28,7 @@ def _file_size(image, quality):
         Image.fromarray(image).save(file, format="JPEG", quality=quality)
         return file.tell() / 1000
 
-# %% ../../nbs/library/27_jpeg.ipynb #452fc2bb
+# %% ../../nbs/library/27_jpeg.ipynb #0ff358e7
 def jpeg_size(
     images,  # (b, 3, h, w) float in [0, 1]
     quality=95,  # PIL's quality, 1 to 95
@@ -40,8 +41,7 @@ def jpeg_size(
         n_threads = max(1, min(b * h * w >> 18, os.cpu_count() or 1, 8))
     if n_threads < 1:
         raise ValueError(f"jpeg_size: n_threads is {n_threads}: needs at least 1, or None")
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-    arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    arrays = as_bytes(images)
     size = functools.partial(_file_size, quality=quality)
     if n_threads == 1:
         return torch.tensor([size(array) for array in arrays], dtype=torch.float32)

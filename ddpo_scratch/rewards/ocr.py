@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['quoted', 'levenshtein', 'text_score', 'RapidReader', 'OCR']
 
-# %% ../../nbs/library/59_ocr.ipynb #4e8cdef9
+# %% ../../nbs/library/59_ocr.ipynb #4d16df5f
 import importlib.util
 import re
 import threading
@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 from .base import Reward, reward
+from .pixels import as_bytes
 
 # %% ../../nbs/library/59_ocr.ipynb #522259c2
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
@@ -104,7 +105,7 @@ def _is_installed(name):
     "Tell whether a package could be imported, without importing it."
     return importlib.util.find_spec(name) is not None
 
-# %% ../../nbs/library/59_ocr.ipynb #e155d5ea
+# %% ../../nbs/library/59_ocr.ipynb #f5b0fa20
 @reward("ocr")
 class OCR(Reward):
     "Score the text between the prompt's quotes by what can be read (arXiv 2505.05470, sec. 4.2)."
@@ -130,8 +131,7 @@ class OCR(Reward):
     def __call__(self, images, prompts, metadata) -> tuple:  # (b,) in [0, 1], and what was read
         "Read each picture, and compare it with its prompt."
         wanted = [quoted(prompt) for prompt in prompts]
-        pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-        found = [self.reader(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        found = [self.reader(array) for array in as_bytes(images)]
         read = ["".join(text for text, sure in texts if sure > 0) for texts in found]
         scores = [text_score(text, target) for text, target in zip(read, wanted)]
         return torch.tensor(scores, device=images.device), {"read": read}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageReward', 'HPSv3', 'final_score', 'UnifiedServer', 'UnifiedReward']
 
-# %% ../../nbs/library/58_published_rewards.ipynb #06820976
+# %% ../../nbs/library/58_published_rewards.ipynb #d925dc22
 import ast
 import importlib.util
 import os
@@ -15,24 +15,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .base import Reward, reward
-from ddpo_scratch.rewards.models import (
+from ddpo_scratch.rewards.frozen import (
     Frozen,
-    _as_bytes,
-    _dtype,
-    _from_hub,
-    _pil_pixels,
-    _png,
-    _reason,
-    _tensor_pixels,
-    aesthetic_head,
+    PixelReward,
+    check_sha256,
+    find_dtype,
+    from_hub,
+    hub_file,
+    read_weights,
+    reason_of,
 )
+from .models import aesthetic_head
+from .pixels import as_pictures, as_png
 
-# %% ../../nbs/library/58_published_rewards.ipynb #c5baed92
+# %% ../../nbs/library/58_published_rewards.ipynb #b5c9beb8
 _NAMES = {
     "visual_encoder.cls_token": "vision.embeddings.class_embedding",
     "visual_encoder.pos_embed": "vision.embeddings.position_embedding",
@@ -47,7 +47,7 @@ _NAMES = {
     "mlp.layers.": "head.layers.",
 }
 
-
+# %% ../../nbs/library/58_published_rewards.ipynb #5cdd97b7
 def _renamed(weights):
     "Give ImageReward's weights the names of `_BLIPReward`."
     renamed = {}
@@ -58,41 +58,48 @@ def _renamed(weights):
         renamed[name] = weight
     return renamed
 
-# %% ../../nbs/library/58_published_rewards.ipynb #61fb5ebc
+# %% ../../nbs/library/58_published_rewards.ipynb #7b739353
 _HEAD_WIDTH = 64
 
 
-def _blip_configs(weights):
-    "Read the configurations of both towers off weights with transformers' names."
-    from transformers import BlipTextConfig, BlipVisionConfig
+def _layers(weights, prefix):
+    "Count the layers whose weights begin with a prefix."
+    return 1 + max(int(name.split(".")[3]) for name in weights if name.startswith(prefix))
 
-    def count(prefix):
-        return 1 + max(int(n.split(".")[3]) for n in weights if n.startswith(prefix))
+
+def _vision_config(weights):
+    "Read the configuration of BLIP's eyes off weights with transformers' names."
+    from transformers import BlipVisionConfig
 
     width, _, patch, _ = weights["vision.embeddings.patch_embedding.weight"].shape
     n_patches = weights["vision.embeddings.position_embedding"].shape[1] - 1
-    vocabulary, text_width = weights["text.embeddings.word_embeddings.weight"].shape
-    vision = BlipVisionConfig(
+    return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=weights["vision.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=count("vision.encoder.layers."),
+        num_hidden_layers=_layers(weights, "vision.encoder.layers."),
         num_attention_heads=width // _HEAD_WIDTH,
         image_size=round(n_patches**0.5) * patch,
         patch_size=patch,
         layer_norm_eps=1e-6,  # as BLIP's code has it; transformers' default is 1e-5
     )
-    text = BlipTextConfig(
+
+# %% ../../nbs/library/58_published_rewards.ipynb #57a9937e
+def _text_config(weights, vision_width):
+    "Read the configuration of BLIP's reader off weights with transformers' names."
+    from transformers import BlipTextConfig
+
+    vocabulary, width = weights["text.embeddings.word_embeddings.weight"].shape
+    return BlipTextConfig(
         vocab_size=vocabulary,
-        hidden_size=text_width,
-        encoder_hidden_size=width,
+        hidden_size=width,
+        encoder_hidden_size=vision_width,
         intermediate_size=weights["text.encoder.layer.0.intermediate.dense.weight"].shape[0],
-        num_hidden_layers=count("text.encoder.layer."),
-        num_attention_heads=text_width // _HEAD_WIDTH,
+        num_hidden_layers=_layers(weights, "text.encoder.layer."),
+        num_attention_heads=width // _HEAD_WIDTH,
         max_position_embeddings=weights["text.embeddings.position_embeddings.weight"].shape[0],
     )
-    return vision, text
 
-# %% ../../nbs/library/58_published_rewards.ipynb #93cb9051
+# %% ../../nbs/library/58_published_rewards.ipynb #f682fbcd
 class _BLIPReward(nn.Module):
     "Hold a BLIP that reads a prompt while it looks at a picture, and a head."
 
@@ -100,7 +107,8 @@ class _BLIPReward(nn.Module):
         from transformers import BlipTextModel, BlipVisionModel
 
         super().__init__()
-        vision, text = _blip_configs(weights)
+        vision = _vision_config(weights)
+        text = _text_config(weights, vision.hidden_size)
         self.vision = BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
         self.head = aesthetic_head(text.hidden_size)
@@ -119,9 +127,9 @@ class _BLIPReward(nn.Module):
         )
         return self.head(read.last_hidden_state[:, 0])[:, 0]
 
-# %% ../../nbs/library/58_published_rewards.ipynb #1bf77231
+# %% ../../nbs/library/58_published_rewards.ipynb #48de4b9f
 @reward("imagereward")
-class ImageReward(Frozen, Reward):
+class ImageReward(PixelReward):
     "Score by ImageReward v1.0 (Xu et al. 2023, arXiv 2304.05977)."
 
     name = "imagereward"
@@ -129,6 +137,8 @@ class ImageReward(Frozen, Reward):
     uses_prompt = True
     mean, std = 0.16717362830052426, 1.0333394966054072  # of the published model's raw scores
     repository = "THUDM/ImageReward"
+    published_revision = "7a9e21fc5c7873859f160173d502cc82f6709e33"
+    published_sha256 = "d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6"
 
     def __init__(
         self,
@@ -137,38 +147,33 @@ class ImageReward(Frozen, Reward):
         scaled=False,  # True: (s + 2) / 4, as trainers weigh it
         preprocess="tensor",  # or "published": through PIL, without a gradient
         dtype="float32",  # of the network; scores are float32
-        revision=None,  # commit of the repository on the hub; None: the newest
+        revision=None,  # commit of the repository on the hub; None: the published one, checked
     ):
-        if preprocess not in ("tensor", "published"):
-            raise ValueError(f"preprocess={preprocess!r}: needs 'tensor' or 'published'")
+        super().__init__(preprocess, dtype)
         self.checkpoint = checkpoint
         self.tokenizer_name = tokenizer
         self.scaled = scaled
-        self.differentiable = preprocess == "tensor"
-        self.dtype = _dtype(dtype)
         self.revision = revision
 
-    def _weights(self):
-        "Read the checkpoint."
-        file = self.checkpoint
-        if file is None:
-            from huggingface_hub import hf_hub_download
-
-            with _from_hub(self.repository, "give imagereward(checkpoint='ImageReward.pt')"):
-                file = hf_hub_download(self.repository, "ImageReward.pt", revision=self.revision)
-        if Path(file).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+    def _file(self):
+        "Find the checkpoint; compare the published one with its checksum."
+        if self.checkpoint is not None:
+            return self.checkpoint
+        advice = "give imagereward(checkpoint='ImageReward.pt')"
+        commit = self.revision or self.published_revision
+        path = hub_file(self.repository, "ImageReward.pt", commit, advice)
+        if commit == self.published_revision:
+            with open(path, "rb") as file:
+                check_sha256(file, self.published_sha256, path, "delete the file")
+        return path
 
     def _build(self):
         from transformers import AutoTokenizer
 
         # the tokenizer first: a mistake in it is named before gigabytes are fetched
-        with _from_hub(self.tokenizer_name, "give imagereward(tokenizer='FOLDER')"):
+        with from_hub(self.tokenizer_name, "give imagereward(tokenizer='FOLDER')"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
-        network = _BLIPReward(_renamed(self._weights()))
+        network = _BLIPReward(_renamed(read_weights(self._file())))
         self.config = dict(
             size=network.vision.config.image_size,
             mean=(0.48145466, 0.4578275, 0.40821073),
@@ -180,16 +185,11 @@ class ImageReward(Frozen, Reward):
 
     def __call__(self, images, prompts, metadata) -> Tensor:  # (b,), differentiable
         "Score each picture for its prompt."
-        self.load(images.device)
+        pixels = self.pixels(images)
         # 35 tokens, as the published model was trained
         limits = dict(padding="max_length", truncation=True, max_length=35, return_tensors="pt")
         tokens = self.tokenizer(list(prompts), **limits).to(self.device)
-        if self.differentiable:
-            pixels = _tensor_pixels(images.to(self.device).float(), self.config)
-        else:
-            pixels = _pil_pixels(images, self.config)
-        raw = self.network(pixels.to(self.device, self.dtype), tokens).float()
-        score = (raw - self.mean) / self.std
+        score = (self.network(pixels, tokens).float() - self.mean) / self.std
         return ((score + 2) / 4 if self.scaled else score).to(images.device)
 
 # %% ../../nbs/library/58_published_rewards.ipynb #365cabb4
@@ -243,8 +243,8 @@ class _QwenReward(nn.Module):
         state = self.model(**inputs, position_ids=count.expand(3, *ids.shape), use_cache=False)
         return self.head(state.last_hidden_state[ids == self.token].float())
 
-# %% ../../nbs/library/58_published_rewards.ipynb #1e621e85
-# The published model sees each picture at about 448x448 pixels: 256 tokens of 28x28.
+# %% ../../nbs/library/58_published_rewards.ipynb #e3ec9ab4
+# The published model sees each picture at about 448x448 pixels: 256 tokens of 28x28
 _PIXELS = 256 * 28 * 28
 
 
@@ -269,36 +269,32 @@ class HPSv3(Frozen, Reward):
         self.checkpoint = checkpoint
         self.base = base
         self.scaled = scaled
-        self.dtype = _dtype(dtype)
+        self.dtype = find_dtype(dtype)
         self.batch_size = batch_size
         self.revision = revision
 
     def _build(self):
-        from huggingface_hub import hf_hub_download
-        from safetensors.torch import load_file
         from transformers import AutoConfig, AutoProcessor
 
         # the processor first: a mistake in it is named before gigabytes are fetched
-        with _from_hub(self.base, "give hpsv3(base='FOLDER')"):
+        with from_hub(self.base, "give hpsv3(base='FOLDER')"):
             self.processor = AutoProcessor.from_pretrained(self.base, padding_side="right")
             config = AutoConfig.from_pretrained(self.base)
         file = self.checkpoint
         if file is None:
-            with _from_hub(self.repository, "give hpsv3(checkpoint='HPSv3.safetensors')"):
-                name = "HPSv3.safetensors"
-                file = hf_hub_download(self.repository, name, revision=self.revision)
+            advice = "give hpsv3(checkpoint='HPSv3.safetensors')"
+            file = hub_file(self.repository, "HPSv3.safetensors", self.revision, advice)
         tokenizer = self.processor.tokenizer
         tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
-        weights = {name: w.to(self.dtype) for name, w in load_file(file).items()}
+        weights = {name: w.to(self.dtype) for name, w in read_weights(file).items()}
         return _QwenReward(config, weights, tokenizer.convert_tokens_to_ids("<|Reward|>"))
 
     def _inputs(self, images, prompts):
         "Prepare pictures and texts for the network."
-        from PIL import Image
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         height, width = smart_resize(*images.shape[-2:], 28, _PIXELS, _PIXELS)
-        pictures = [Image.fromarray(array).resize((width, height)) for array in _as_bytes(images)]
+        pictures = [picture.resize((width, height)) for picture in as_pictures(images)]
         texts = []
         for prompt in prompts:
             text = self.instruction.format(text_prompt=prompt) + self.ending
@@ -335,13 +331,15 @@ def final_score(
     found = _FINAL.search(answer)
     return min(float(found[1]), 5.0) if found else 0.0
 
-# %% ../../nbs/library/58_published_rewards.ipynb #0a137dff
+# %% ../../nbs/library/58_published_rewards.ipynb #b8a86240
 _QUESTION = """<image>
 You see a caption and a picture that was generated for it. Judge the picture by two criteria:
 1. Alignment with the Caption: are the objects, their attributes and relations as it says?
 2. Overall Image Quality: is the picture clear, detailed, well coloured and pleasing?
 Give a score from 1 to 5 for both together, after 'Final Score:'.
 Text Caption: [{prompt}]"""
+
+# %% ../../nbs/library/58_published_rewards.ipynb #0ddf7d0b
 _AGAIN = (429, 500, 502, 503, 504)  # a server that is busy, or starting
 
 
@@ -381,7 +379,7 @@ class UnifiedServer:
                     **options,
                 )
             except silence as e:
-                what = _reason(e)
+                what = reason_of(e)
             else:
                 if reply.status_code not in _AGAIN:
                     return self._json(reply)
@@ -438,7 +436,7 @@ class UnifiedServer:
         with ThreadPoolExecutor(self.clients) as pool:
             return list(pool.map(self._ask, pictures, questions))
 
-# %% ../../nbs/library/58_published_rewards.ipynb #c7ad1399
+# %% ../../nbs/library/58_published_rewards.ipynb #af137541
 @reward("unifiedreward")
 class UnifiedReward(Reward):
     "Score by UnifiedReward on a server (Wang et al. 2025, arXiv 2503.05236)."
@@ -474,10 +472,7 @@ class UnifiedReward(Reward):
 
     def __call__(self, images, prompts, metadata) -> tuple:  # (b,), and the answers as extras
         "Ask about each picture."
-        from PIL import Image
-
-        small = [Image.fromarray(array).resize((512, 512)) for array in _as_bytes(images)]
-        pictures = [_png(np.asarray(picture)) for picture in small]
+        pictures = [as_png(picture.resize((512, 512))) for picture in as_pictures(images)]
         questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
         answers = self.server(pictures, questions)
         scores = torch.tensor([final_score(answer) for answer in answers], device=images.device)
