@@ -109,7 +109,7 @@ def _shaped(state, needed, rewards, prompts, extras, embeddings):
     rows = None if embeddings[0] is None else _in_order(engine, embeddings)
     return state.config.shaping(rewards, prompts, state.scorer.reward, parts, rows)
 
-# %% ../nbs/library/40_train.ipynb #7caeac3f
+# %% ../nbs/library/40_train.ipynb #d4a8c4da
 _SAVES = (
     "gradient_checkpointing, mixed_precision bf16 or fp16, slicing, decode_batch_size 1, "
     "rollout_device cpu, reward_offload and train_use_8bit_adam save memory, and so do smaller "
@@ -133,6 +133,8 @@ def _halve(state, field, n, words):
     if field == "train_micro_batch_size" and config.mixed_precision != "no" and alike:
         fields["sample_micro_batch_size"] = fields[field]
     state.config = dataclasses.replace(config, **fields)
+    if field == "decode_batch_size":
+        state.denoiser.configure(decode_batch_size=fields[field])
     state.optimizer.zero_grad()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -163,7 +165,7 @@ def _where_it_fits(state, field, n, work, exchanges=False):
             return done
         _halve(state, field, n, words)
 
-# %% ../nbs/library/40_train.ipynb #7789e867
+# %% ../nbs/library/40_train.ipynb #b6a93432
 def _waiting(config, rollout):
     "Move trajectories to where they wait for training."
     if config.rollout_device != "auto":
@@ -194,12 +196,7 @@ def _rolled(state, prompts, ks):
 def _decoded(state, x0):
     "Decode latents, as many at a time as the memory takes."
 
-    def work():
-        if state.config.decode_batch_size:
-            state.denoiser.configure(decode_batch_size=state.config.decode_batch_size)
-        return state.denoiser.decode(x0)
-
-    return _where_it_fits(state, "decode_batch_size", len(x0), work)
+    return _where_it_fits(state, "decode_batch_size", len(x0), lambda: state.denoiser.decode(x0))
 
 
 def _drawn(state, prompts, ks):

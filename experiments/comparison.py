@@ -255,9 +255,9 @@ class Ruler:
         return (total.mean() * rollout.x0[0].numel()).item()
 
 
-def save_sheet(images, path):
-    "Save the 45 pictures, nine a row."
-    rows = [torch.cat(list(row), 2) for row in images.split(9)]
+def save_sheet(images, path, columns=9):
+    "Save pictures, so many a row."
+    rows = [torch.cat(list(row), 2) for row in images.split(columns)]
     pixels = torch.cat(rows, 1).permute(1, 2, 0).mul(255).round().byte()
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(pixels.numpy()).save(path, quality=80)

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import torch
-from comparison import Shuffled
+from comparison import Shuffled, save_sheet
 from PIL import Image
 
 from ddpo_scratch.config import preset
@@ -80,11 +80,8 @@ def measure(denoiser, animals, copies):
 def look(denoiser, job):
     "Measure a model on its own animals and on others, and keep a sheet of pictures."
     images, row = measure(denoiser, ANIMALS, 4)
-    rows = [torch.cat(list(part), 2) for part in images[:32].split(8)]
-    pixels = torch.cat(rows, 1).permute(1, 2, 0).mul(255).round().byte()
-    HERE.mkdir(exist_ok=True)
     if not job.endswith(("-1", "-2")):
-        Image.fromarray(pixels.numpy()).save(HERE / f"{job}.webp", quality=80)
+        save_sheet(images[:32], HERE / f"{job}.webp", columns=8)
     return dict(animals=row, others=measure(denoiser, OTHERS, 1)[1])
 
 

@@ -128,6 +128,16 @@ def test_gradient_checkpointing_gives_the_same_gradient():
     assert all(map(torch.equal, *gradients))
 
 
+def test_configuring_again_changes_nothing():
+    denoiser, _ = adapted(torch.bfloat16)
+    before = []
+    for decode_batch_size in (0, 2, 1):
+        denoiser.configure(decode_batch_size=decode_batch_size)
+        hooks = denoiser.network._forward_pre_hooks, denoiser.network._forward_hooks
+        before.append([*map(len, hooks)])
+    assert before == [[1, 1]] * 3 and denoiser.decode_batch == 1
+
+
 def test_what_needs_autocast_is_left_to_it():
     for case in (adapted(torch.float32)[0], load("tiny", dtype=torch.bfloat16)):
         assert not compute_in_half(case.network) and not hasattr(case.network, "computes_in")

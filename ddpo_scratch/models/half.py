@@ -46,7 +46,7 @@ class LoraLinear(torch.autograd.Function):
             grad_x = (grad_rows @ weight).addmm_(back, down).view(*grad.shape[:-1], -1)
         return grad_x, None, None, back.T @ rows, grad_rows.T @ narrow
 
-# %% ../../nbs/library/68_half.ipynb #59614fe9
+# %% ../../nbs/library/68_half.ipynb #599f1eb2
 class _Halves:
     "Half-precision copies of a LoRA's matrices: with a graph, and without."
 
@@ -64,7 +64,9 @@ class _Halves:
         return [part.view_as(matrix) for part, matrix in zip(parts, matrices)]
 
     def cast(self):
-        "Make the copies anew from what the matrices are now."
+        "Make the copies anew from what the matrices are now, unless nobody will ask for them."
+        if next(iter(self.layers.values())).disable_adapters:
+            return
         downs, ups = self.matrices("lora_A"), self.matrices("lora_B")
         scales = [layer.scaling[self.adapter] for layer in self.layers.values()]
         # mostly one factor serves all, and mostly it is 1
@@ -99,7 +101,7 @@ def _forward(layer, name, halves, compute, x):
         return layer.base_layer(x)
     return compute(layer, x, *halves.of(name))
 
-# %% ../../nbs/library/68_half.ipynb #50d54e28
+# %% ../../nbs/library/68_half.ipynb #a670430e
 def _kinds():
     "Pair peft's kinds of layers with what computes them."
     from peft.tuners.lora import Conv2d, Linear
@@ -127,6 +129,8 @@ def compute_in_half(
     "Let a network compute in its own half precision, and answer in float32."
     from accelerate.utils import convert_to_fp32
 
+    if hasattr(network, "computes_in"):
+        return True  # `configure` may be called again
     dtype, layers, kinds = _half_of(network), _adapted(network), _kinds()
     known = all(type(layer) in kinds for layer in layers.values())
     if dtype is None or len(adapters(network)) != 1 or not known:
