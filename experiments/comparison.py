@@ -263,30 +263,19 @@ def save_sheet(images, path, columns=9):
     Image.fromarray(pixels.numpy()).save(path, quality=80)
 
 
-def train_job(job, log):
-    "Train, measure at the looks, and return the record."
-    config, ruler = config_of(job, log), Ruler(job.reward)
-    folder = RUNS / job.name
-    parts = {}
-    if job.method.startswith("shuffled"):
-        parts = dict(reward_fn=Shuffled(job.reward, job.seed))
+def follow(config, ruler, when, **parts):
+    "Train, measure after the epochs `when`, and return the record and the last pictures."
     # a job that was killed begins anew: its folder is another
-    config = dataclasses.replace(config, run_name=f"{job.name}-{os.getpid()}-{int(time.time())}")
-    state = setup(config, **parts)
-    per_look = config.num_epochs // max(LOOKS)
-    when = [config.num_epochs] if job.kind == "sweep" else [n * per_look for n in LOOKS]
+    name = f"{config.run_name}-{os.getpid()}-{int(time.time())}"
+    state = setup(dataclasses.replace(config, run_name=name), **parts)
     looks = []
     for step in train(state=state):
         if step.metrics and state.epoch in when:
             images = ruler.draw(state.denoiser)
             looks.append(dict(queries=state.reward_queries, **ruler.judge(images)))
     looks[-1]["kl"] = round(ruler.divergence(state.denoiser), 2)
-    if job.seed == 0:
-        save_sheet(images, HERE / f"{job.reward}-{job.method.replace(' ', '_')}.webp")
     rows = read_metrics(state.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    seconds = sum(row["seconds_sampling"] + row["seconds_training"] for row in rows)
-    return dict(
+    record = dict(
         config=dict(
             method=config.method,
             rate=config.train_learning_rate,
@@ -294,8 +283,23 @@ def train_job(job, log):
         ),
         looks=looks,
         train_reward=[round(row["reward_mean"], 4) for row in rows],
-        seconds=round(seconds, 1),
+        seconds=round(sum(row["seconds_sampling"] + row["seconds_training"] for row in rows), 1),
     )
+    return record, images
+
+
+def train_job(job, log):
+    "Train, measure at the looks, and return the record."
+    config = dataclasses.replace(config_of(job, log), run_name=job.name)
+    parts = {}
+    if job.method.startswith("shuffled"):
+        parts = dict(reward_fn=Shuffled(job.reward, job.seed))
+    per_look = config.num_epochs // max(LOOKS)
+    when = [config.num_epochs] if job.kind == "sweep" else [n * per_look for n in LOOKS]
+    record, images = follow(config, Ruler(job.reward), when, **parts)
+    if job.seed == 0:
+        save_sheet(images, HERE / f"{job.reward}-{job.method.replace(' ', '_')}.webp")
+    return record
 
 
 def steered_pictures(job, denoiser):
