@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ddpo_scratch.models.sd
 from ddpo_scratch.config import preset
 from ddpo_scratch.models.sd import StableDiffusion, load_pipeline
-from ddpo_scratch.setup import DTYPES, setup
+from ddpo_scratch.run.setup import DTYPES, setup
 from ddpo_scratch.train import collect, micro_batches, minibatches
 
 LOG = Path(__file__).with_suffix(".json")

@@ -52,7 +52,7 @@ def seconds(setting):
     "Train two epochs by the command in a process of its own; return the second epoch's seconds."
     free = {name: value for name, value in os.environ.items() if name not in CHOSEN}
     with tempfile.TemporaryDirectory() as folder:
-        code = "import sys, ddpo_scratch.cli as cli; sys.exit(cli.ddpo_train())"
+        code = "import sys, ddpo_scratch.cli.commands as cli; sys.exit(cli.ddpo_train())"
         subprocess.run(
             [sys.executable, "-c", code, *WORDS, "--logdir", folder, "--run_name", "a"],
             env=free | SETTINGS[setting],

@@ -142,7 +142,7 @@ def _kept(value, default):
         return float(value)  # so that 1 and 1.0 are the same text in a file
     return value
 
-# %% ../nbs/library/29_config.ipynb #59d75ab8
+# %% ../nbs/library/29_config.ipynb #81d8aa2b
 @dataclass(frozen=True, repr=False)
 class TrainConfig:
     "Say what a run does; by default the embedded model learns to compress well, on two CPU cores."
@@ -347,10 +347,10 @@ class TrainConfig:
         return find_method(self.method)
 
     @property
-    def shaping(self) -> object:  # of ddpo_scratch.shaping.Shaping
+    def shaping(self) -> object:  # of ddpo_scratch.methods.shaping.Shaping
         "Read reward_shaping; a ValueError says what it may be."
         # it needs torch too
-        from ddpo_scratch.shaping import find_shaping
+        from ddpo_scratch.methods.shaping import find_shaping
 
         return find_shaping(self.reward_shaping)
 

@@ -6,7 +6,7 @@
 __all__ = ['Step', 'Samples', 'collect', 'minibatches', 'micro_batches', 'update', 'optimizer_step', 'backprop_update', 'train',
            'fit']
 
-# %% ../nbs/library/40_train.ipynb #efb859d7
+# %% ../nbs/library/40_train.ipynb #511807d3
 import contextlib
 import dataclasses
 import math
@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from .config import MAIN_JOB, preset, read_config
-from .interrupt import shielded
-from .look import averaged, look, look_is_due
+from .run.interrupt import shielded
+from .run.look import averaged, look, look_is_due
 from .methods.base import Batch
-from .progress import counted, show_progress, watch
-from .report import check_hub, early_findings, push_report, write_report
-from .runfolder import held, nothing_lost, says_where
-from .setup import DTYPES, setup
+from .run.progress import counted, show_progress, watch
+from .run.report import check_hub, early_findings, push_report, write_report
+from .run.runfolder import held, nothing_lost, says_where
+from .run.setup import DTYPES, setup
 
 # %% ../nbs/library/40_train.ipynb #ae4d4dab
 @dataclass(frozen=True)

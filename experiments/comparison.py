@@ -32,8 +32,8 @@ from ddpo_scratch.models.base import load
 from ddpo_scratch.prompts import COMMON_ANIMALS, article
 from ddpo_scratch.rewards.base import Reward, compute_rewards, get_reward
 from ddpo_scratch.rollout import generator_for, sample, step_kl
-from ddpo_scratch.runlog import read_metrics
-from ddpo_scratch.setup import setup
+from ddpo_scratch.run.runlog import read_metrics
+from ddpo_scratch.run.setup import setup
 from ddpo_scratch.steering import best_of_n, fk_steering
 from ddpo_scratch.train import train
 

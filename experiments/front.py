@@ -24,7 +24,7 @@ from ddpo_scratch.evaluate import fixed_seed_images
 from ddpo_scratch.models.tiny import load_classifier
 from ddpo_scratch.prompts import article
 from ddpo_scratch.rewards.base import Scorer, get_reward
-from ddpo_scratch.setup import setup
+from ddpo_scratch.run.setup import setup
 from ddpo_scratch.train import train
 
 ROOT = Path(__file__).resolve().parents[1]

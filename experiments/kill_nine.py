@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ddpo_scratch.checkpoint import checkpoints, find_checkpoint, reported_epochs
+from ddpo_scratch.run.checkpoint import checkpoints, find_checkpoint, reported_epochs
 from ddpo_scratch.config import TrainConfig, read_config
-from ddpo_scratch.runfolder import is_free
-from ddpo_scratch.runlog import read_metrics
+from ddpo_scratch.run.runfolder import is_free
+from ddpo_scratch.run.runlog import read_metrics
 from ddpo_scratch.train import fit
 
 LOG = Path(__file__).with_suffix(".txt")

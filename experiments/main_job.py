@@ -28,7 +28,7 @@ from ddpo_scratch.models.sd import StableDiffusion, load_pipeline
 from ddpo_scratch.models.tiny import load_classifier
 from ddpo_scratch.prompts import COMMON_ANIMALS, article
 from ddpo_scratch.rewards.jpeg import jpeg_size
-from ddpo_scratch.runlog import read_metrics
+from ddpo_scratch.run.runlog import read_metrics
 from ddpo_scratch.train import fit
 
 HERE = Path(__file__).with_suffix("")

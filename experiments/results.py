@@ -32,7 +32,7 @@ from ddpo_scratch.models.sd import StableDiffusion, load_lora, load_pipeline
 from ddpo_scratch.models.tiny import CONCEPTS, load_classifier
 from ddpo_scratch.prompts import COMMON_ANIMALS, OBJECTS, OTHER_ANIMALS, article, from_list
 from ddpo_scratch.rewards.base import compute_rewards, get_reward
-from ddpo_scratch.runlog import read_metrics
+from ddpo_scratch.run.runlog import read_metrics
 from ddpo_scratch.train import fit, train
 
 OUT = Path(__file__).with_suffix("")

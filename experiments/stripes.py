@@ -38,8 +38,8 @@ from ddpo_scratch.prompts import article, from_list
 from ddpo_scratch.rewards.base import compute_rewards, get_reward
 from ddpo_scratch.rewards.patterns import name_patterns, pattern_shares
 from ddpo_scratch.rollout import generator_for
-from ddpo_scratch.runlog import read_metrics
-from ddpo_scratch.setup import setup
+from ddpo_scratch.run.runlog import read_metrics
+from ddpo_scratch.run.setup import setup
 from ddpo_scratch.train import train
 
 HERE = Path(__file__).with_suffix("")

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import torch
 
-from ddpo_scratch.checkpoint import COUNTERS, load_checkpoint
+from ddpo_scratch.run.checkpoint import COUNTERS, load_checkpoint
 from ddpo_scratch.config import TrainConfig
-from ddpo_scratch.engine import start_engine
-from ddpo_scratch.runfolder import held, nothing_lost
+from ddpo_scratch.run.engine import start_engine
+from ddpo_scratch.run.runfolder import held, nothing_lost
 
 
 class Remembers:

@@ -239,7 +239,7 @@ TRL = ["ddpo", "ddpo_per_prompt", "ddpo_train_cfg_off", "alignprop", "alignprop_
 
 def pictures(folder):
     "Hash the pictures that ddpo_sample draws, with the embedded model and with a LoRA of a run."
-    from ddpo_scratch.cli import ddpo_sample
+    from ddpo_scratch.cli.commands import ddpo_sample
     from ddpo_scratch.train import fit
     from PIL import Image
 

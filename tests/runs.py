@@ -3,8 +3,8 @@
 import torch
 
 from ddpo_scratch.config import TrainConfig
-from ddpo_scratch.runlog import read_metrics
-from ddpo_scratch.setup import setup
+from ddpo_scratch.run.runlog import read_metrics
+from ddpo_scratch.run.setup import setup
 from ddpo_scratch.train import train
 
 SMALL = dict(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddpo_scratch import card as C
+from ddpo_scratch.run import card as C
 from ddpo_scratch.config import TrainConfig, preset
 
 

@@ -12,7 +12,7 @@ import torch
 from miniature import mini, train_to
 from safetensors.torch import load_file, save_file
 
-from ddpo_scratch import checkpoint as C
+from ddpo_scratch.run import checkpoint as C
 from ddpo_scratch.config import read_config
 
 STATE, CONFIG = "state.json", "config.yaml"

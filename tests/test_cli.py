@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddpo_scratch import cli
+from ddpo_scratch.cli import commands as cli
 from ddpo_scratch.config import TrainConfig, preset, preset_names, write_config
-from ddpo_scratch.drawing import mix_loras
+from ddpo_scratch.cli.drawing import mix_loras
 from ddpo_scratch.evaluate import fixed_seed_images
 from ddpo_scratch.models import base, sd
 from loras import random_lora
@@ -121,7 +121,7 @@ MISSPELT = {
 
 def test_help_and_mistakes_do_without_torch():
     done = python(
-        "import sys; from ddpo_scratch import cli\n"
+        "import sys; from ddpo_scratch.cli import commands as cli\n"
         f"for words in {list(MISSPELT)}:\n    assert cli.main(words.split()) == 2, words\n"
         "assert cli.ddpo_train(['--help']) == cli.ddpo_sample(['--help']) == 0\n"
         "assert cli.ddpo_train(['--epochs', '3']) == cli.ddpo_eval(['--n', '1']) == 2\n"
@@ -181,7 +181,7 @@ def test_the_list_of_rewards_says_units(capsys):
 
 
 def test_the_commands_run_as_a_module():
-    words = [sys.executable, "-m", "ddpo_scratch.cli"]
+    words = [sys.executable, "-m", "ddpo_scratch.cli.commands"]
     done = subprocess.run([*words, "train", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("ddpo_scratch") and not done.stderr
 
@@ -190,7 +190,7 @@ def test_the_module_without_a_command_says_what_to_write(capsys):
     for words in ([], ["paint"]):
         assert cli.main(words) == 2
         told = capsys.readouterr().err
-        assert "usage: python -m ddpo_scratch.cli train|sample|eval" in told
+        assert "usage: python -m ddpo_scratch.cli.commands train|sample|eval" in told
         assert all(command in told for command in COMMANDS)
     assert cli.main(["ddpo_sample", "--version"]) == 0
 
@@ -546,7 +546,7 @@ def test_waiting_threads_sleep_unless_somebody_says_otherwise(given, before, pol
     code = f"""
 import os, sys
 {before}
-import ddpo_scratch.cli as cli
+import ddpo_scratch.cli.commands as cli
 assert "torch" not in sys.modules or {bool(before)}
 cli.ddpo_train(["--list", "presets"])
 print(os.environ.get("OMP_WAIT_POLICY"))
@@ -819,7 +819,9 @@ def trained(tmp_path_factory):
     "A run of one epoch, and what its process printed."
     logdir = tmp_path_factory.mktemp("runs")
     words = ["--logdir", str(logdir), *TINY_RUN]
-    done = python(f"import sys; from ddpo_scratch import cli; sys.exit(cli.ddpo_train({words!r}))")
+    done = python(
+        f"import sys, ddpo_scratch.cli.commands as cli; sys.exit(cli.ddpo_train({words!r}))"
+    )
     assert done.returncode == 0, done.stderr
     return logdir / "ddpo_is-jpeg_compressibility-001", done.stdout
 
@@ -1062,7 +1064,7 @@ def test_rewards_are_loaded_before_the_model(monkeypatch, capsys):
 
 
 def test_long_evaluations_say_how_long(monkeypatch, capsys):
-    from ddpo_scratch.drawing import resolved
+    from ddpo_scratch.cli.drawing import resolved
 
     monkeypatch.setattr(cli, "_seconds", lambda denoiser, n, options: 240.0)
     options = resolved(cli.EvalOptions(num_steps=20, n=45))

@@ -22,7 +22,7 @@ from ddpo_scratch.methods.dpo import d3po_loss, dpo_loss, encode_pictures, kto_l
 from ddpo_scratch.methods.dpo import thumbs
 from ddpo_scratch.models.sd import StableDiffusion
 from ddpo_scratch.rollout import generator_for, replay_log_prob, sample
-from ddpo_scratch.setup import setup
+from ddpo_scratch.run.setup import setup
 from ddpo_scratch.train import collect, train
 
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from ddpo_scratch import drawing
+from ddpo_scratch.cli import drawing
 from ddpo_scratch.config import TrainConfig, write_config
-from ddpo_scratch.drawing import DrawOptions, resolved
+from ddpo_scratch.cli.drawing import DrawOptions, resolved
 from ddpo_scratch.models import sd
 from loras import random_lora
 from PIL import Image
@@ -134,7 +134,7 @@ def test_blocks_of_pixels_are_the_pixels():
 
 
 def test_a_png_says_how_it_was_drawn(tmp_path):
-    from ddpo_scratch.cli import SampleOptions
+    from ddpo_scratch.cli.commands import SampleOptions
 
     options = SampleOptions(
         prompts=("füchse 狐",),
@@ -153,7 +153,7 @@ def test_a_png_says_how_it_was_drawn(tmp_path):
 
 @pytest.mark.parametrize("steer", ["best", "fk"])
 def test_a_choice_is_what_steering_finds_and_its_first_candidate_what_is_drawn(steer, tmp_path):
-    from ddpo_scratch.cli import SampleOptions
+    from ddpo_scratch.cli.commands import SampleOptions
     from ddpo_scratch.steering import best_of_n, fk_steering
 
     more = dict(steer=steer, strength=3.0, reward_fn="brightness", out=str(tmp_path))

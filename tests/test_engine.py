@@ -18,14 +18,14 @@ import pytest
 import torch
 from runs import SMALL, leave_in, numbers, small, trained
 
-from ddpo_scratch.checkpoint import find_checkpoint, save_checkpoint
+from ddpo_scratch.run.checkpoint import find_checkpoint, save_checkpoint
 from ddpo_scratch.config import TrainConfig
-from ddpo_scratch.engine import FSDPEngine, ZeRO2Engine, check_engine
-from ddpo_scratch.look import averaged
+from ddpo_scratch.run.engine import FSDPEngine, ZeRO2Engine, check_engine
+from ddpo_scratch.run.look import averaged
 from ddpo_scratch.models.sd import denoiser_for, load_lora, load_pipeline
 from ddpo_scratch.rollout import replay_log_prob
-from ddpo_scratch.runlog import read_metrics
-from ddpo_scratch.setup import setup
+from ddpo_scratch.run.runlog import read_metrics
+from ddpo_scratch.run.setup import setup
 from ddpo_scratch.train import collect, fit, train
 
 ROOT = Path(__file__).parents[1]

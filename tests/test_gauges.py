@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpo_scratch import gauges as G
+from ddpo_scratch.run import gauges as G
 from ddpo_scratch.config import TrainConfig, preset
 
 ROOT = Path(__file__).resolve().parents[1]

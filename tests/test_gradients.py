@@ -34,7 +34,7 @@ from ddpo_scratch.rollout import (
     step_rule,
     trainable_steps,
 )
-from ddpo_scratch.setup import setup
+from ddpo_scratch.run.setup import setup
 from ddpo_scratch.train import backprop_update
 
 T = 4

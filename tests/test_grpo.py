@@ -25,7 +25,7 @@ from ddpo_scratch.methods.grpo import (
     published_kl,
     sample_with_means,
 )
-from ddpo_scratch.plan import plan
+from ddpo_scratch.run.plan import plan
 from ddpo_scratch.rollout import gaussian_log_prob, generator_for, policy, sample, step_kl
 
 VP = Schedule.from_config(DDIMScheduler(clip_sample=False))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ddpo_scratch.interrupt import shielded, stoppable
+from ddpo_scratch.run.interrupt import shielded, stoppable
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -101,7 +101,7 @@ def test_in_another_thread_nothing_is_done():
 
 ALONE = """
 import os, signal, sys
-from ddpo_scratch.interrupt import shielded
+from ddpo_scratch.run.interrupt import shielded
 with shielded():
     os.close(2)  # the terminal is gone
     os.kill(os.getpid(), signal.SIGHUP)

@@ -20,7 +20,7 @@ from ddpo_scratch.methods.matching import (
     nft_loss,
 )
 from ddpo_scratch.rollout import Rollout, generator_for
-from ddpo_scratch.setup import setup
+from ddpo_scratch.run.setup import setup
 
 NAMES = ("awm", "epg", "pepg", "par", "nft", "ram", "itm")
 ATOL = dict(atol=1e-6, rtol=1e-6)

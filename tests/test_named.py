@@ -211,7 +211,7 @@ def test_a_name_finds_the_thing_or_says_that_it_cannot(thing):
         ("os.system('touch x')", ["os:system"]),
         ("fox + 0*(owl - evil:r)", ["evil:r"]),
         ("my.py:fox - dir/my.py:owl + my.py:fox", ["my.py:fox", "dir/my.py:owl"]),
-        ("ddpo_scratch.cli:os.system('x')", ["ddpo_scratch.cli:os.system"]),
+        ("ddpo_scratch.cli.commands:os.system('x')", ["ddpo_scratch.cli.commands:os.system"]),
         ("evil:Den.run", ["evil:Den.run"]),
         ("fox('os:system')", []),
         ("prompts.txt", []),

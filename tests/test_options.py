@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
-from ddpo_scratch.options import Mark, Parser, UsageError, closest, comments
+from ddpo_scratch.cli.options import Mark, Parser, UsageError, closest, comments
 from pydantic import Field, FiniteFloat
 
 
@@ -121,7 +121,8 @@ def test_dashes_are_underscores_and_names_are_whole():
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, ddpo_scratch.options; print({'torch', 'pydantic', 'yaml'} & {*sys.modules})"
+    heavy = "{'torch', 'pydantic', 'yaml'}"
+    code = f"import sys, ddpo_scratch.cli.options; print({heavy} & {{*sys.modules}})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 

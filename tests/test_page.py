@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_scratch import page as P
+from ddpo_scratch.run import page as P
 
 
 def opened(uri):

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from ddpo_scratch import plan as room
+from ddpo_scratch.run import plan as room
 from ddpo_scratch.config import TrainConfig, preset, preset_names
 from ddpo_scratch.models.base import sizes
-from ddpo_scratch.plan import describe, memory, plan, suggest_presets
+from ddpo_scratch.run.plan import describe, memory, plan, suggest_presets
 
 T4 = ("NVIDIA T4", 15e9)
 SD1, SDXL = (

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_scratch import report as R
+from ddpo_scratch.run import report as R
 from ddpo_scratch.config import TrainConfig
 from ddpo_scratch.evaluate import summarize
-from ddpo_scratch.runlog import RunLog
+from ddpo_scratch.run.runlog import RunLog
 
 PICTURES = {"reward_curve.png", "curves.png", "before_after.png", "strip.png", "strip.gif"}
 

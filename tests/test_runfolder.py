@@ -17,9 +17,9 @@ from miniature import epoch, epochs, mini, train_to
 from runs import small
 from safetensors.torch import load, load_file
 
-from ddpo_scratch import runfolder as F
-from ddpo_scratch.checkpoint import checkpoints, find_checkpoint, save_checkpoint, snapshot
-from ddpo_scratch.runlog import read_metrics
+from ddpo_scratch.run import runfolder as F
+from ddpo_scratch.run.checkpoint import checkpoints, find_checkpoint, save_checkpoint, snapshot
+from ddpo_scratch.run.runlog import read_metrics
 from ddpo_scratch.train import fit
 
 RESULTS = ("report.json", "README.md", "pytorch_lora_weights.safetensors", "strip.gif")

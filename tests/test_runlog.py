@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from ddpo_scratch import runlog as L
+from ddpo_scratch.run import runlog as L
 from ddpo_scratch.config import TrainConfig, read_config
 
 

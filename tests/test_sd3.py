@@ -15,7 +15,7 @@ from flow_models import PROMPTS, RUN, folder, inputs, shake, streams, watched
 from runs import SMALL, whole_and_resumed
 from safetensors.torch import load_file, save_file
 
-from ddpo_scratch import cli
+from ddpo_scratch.cli import commands as cli
 from ddpo_scratch.flow import ODE
 from ddpo_scratch.models import base, flow_models, lora, sd3
 from ddpo_scratch.rollout import sample

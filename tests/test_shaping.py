@@ -15,12 +15,12 @@ from torch.testing import assert_close
 from ddpo_scratch.advantage import standardize
 from ddpo_scratch.config import TrainConfig, check_config
 from ddpo_scratch.diffusion import GaussianDenoiser, Schedule
-from ddpo_scratch.engine import Engine
+from ddpo_scratch.run.engine import Engine
 from ddpo_scratch.methods.base import Batch, Method, PolicyCopy
 from ddpo_scratch.rewards.base import get_reward
 from ddpo_scratch.rollout import generator_for, sample, step_kl
-from ddpo_scratch.setup import setup
-from ddpo_scratch.shaping import (
+from ddpo_scratch.run.setup import setup
+from ddpo_scratch.methods.shaping import (
     GDPO,
     Shaped,
     Shaping,

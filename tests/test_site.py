@@ -281,7 +281,7 @@ def test_citation_and_changes_are_of_this_version(text):
 
 
 def test_first_hour_uses_options_that_exist():
-    from ddpo_scratch import cli
+    from ddpo_scratch.cli import commands as cli
     from ddpo_scratch.config import TrainConfig, preset_names
 
     words = "\n".join(c.source for c in nbt.read(nbt.NBS / "first_hour.ipynb").cells)
@@ -335,7 +335,7 @@ def test_entries_have_tables_with_what_is_returned(text, module):
 
 @pytest.mark.parametrize("command", ["ddpo_train", "ddpo_sample", "ddpo_eval"])
 def test_commands_have_documentation_of_their_own(text, command):
-    from ddpo_scratch import cli
+    from ddpo_scratch.cli import commands as cli
 
     entry = entry_of(text["library/cli.html"], command)
     assert entries.first_line(getattr(cli, command)) in entry.replace("&#x27;", "'")

@@ -7,18 +7,18 @@ import torch
 from runs import leave_in, numbers, small, trained, whole_and_resumed
 
 import ddpo_scratch.train as module
-from ddpo_scratch.checkpoint import find_checkpoint
+from ddpo_scratch.run.checkpoint import find_checkpoint
 from ddpo_scratch.config import read_config
 from ddpo_scratch.evaluate import fixed_seed_images, spread_prompts
-from ddpo_scratch.look import look, look_is_due
+from ddpo_scratch.run.look import look, look_is_due
 from ddpo_scratch.methods.base import Method, find_method
 from ddpo_scratch.methods.rwr import rwr_loss
 from ddpo_scratch.models.sd import StableDiffusion, load_lora, load_pipeline
 from ddpo_scratch.prompts import COMMON_ANIMALS
 from ddpo_scratch.rewards.base import Reward, get_reward as find_reward, reward
 from ddpo_scratch.rollout import default_clip_range, policy
-from ddpo_scratch.runlog import read_metrics
-from ddpo_scratch.setup import setup
+from ddpo_scratch.run.runlog import read_metrics
+from ddpo_scratch.run.setup import setup
 from ddpo_scratch.train import (
     backprop_update,
     collect,

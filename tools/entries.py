@@ -19,12 +19,14 @@ from fastcore.docments import docments
 
 def field_groups(fields):
     "Return {group: those of the fields that are in it}, in the groups of the command's help."
-    from ddpo_scratch.cli import GROUPS
+    from ddpo_scratch.cli.commands import GROUPS
 
     groups = {group: [n for n in names if n in fields] for group, names in GROUPS.items()}
     known = {name for names in groups.values() for name in names}
     if lost := [name for name in fields if name not in known]:
-        raise ValueError(f"TrainConfig: {', '.join(lost)}: in no group of ddpo_scratch.cli.GROUPS")
+        raise ValueError(
+            f"TrainConfig: {', '.join(lost)}: in no group of ddpo_scratch.cli.commands.GROUPS"
+        )
     return {group.capitalize(): names for group, names in groups.items() if names}
 
 

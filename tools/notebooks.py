@@ -40,7 +40,7 @@ MAX_BYTES = 500_000  # of a notebook, outputs included
 LARGE = 40_000  # of a picture in base64: smaller ones are stored as they are
 ENOUGH = 50_000  # of a picture that was made smaller: nine of them fit a notebook
 SKIP = "skip-execution"  # the tag by which nbclient, and so nbmake, leaves a cell out
-# "ddpo_train=ddpo_scratch.cli:ddpo_train" -> {"ddpo_train": "cli"}
+# "ddpo_train=ddpo_scratch.cli.commands:ddpo_train" -> {"ddpo_train": "cli"}
 COMMANDS = dict(re.findall(rf"(\w+)={PKG}\.([\w.]+):", CFG["console_scripts"]))
 
 
