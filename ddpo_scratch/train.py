@@ -165,6 +165,12 @@ def _where_it_fits(state, field, n, work, exchanges=False):
             return done
         _halve(state, field, n, words)
 
+
+def _look(state):
+    "Look, with fewer pictures at a time where the memory was full."
+    n = state.config.sample_batch_size
+    return _where_it_fits(state, "sample_micro_batch_size", n, lambda: look(state), exchanges=True)
+
 # %% ../nbs/library/40_train.ipynb #b6a93432
 def _waiting(config, rollout):
     "Move trajectories to where they wait for training."
@@ -668,7 +674,7 @@ def _epoch(state):
         seconds_sampling=epoch.sampled - epoch.start, seconds_training=trained - epoch.sampled
     )
     if look_is_due(state):
-        step.metrics.update(look(state))
+        step.metrics.update(_look(state))
     if state.log:
         state.log.row(step.metrics)
     yield step
@@ -684,7 +690,7 @@ def train(
     config = state.config
     with held(state), nothing_lost(state) as keep:
         if config.eval_freq and config.eval_num_images and state.eval_start is None:
-            look(state)
+            _look(state)
         while not state.finished:
             for step in _epoch(state):
                 if not step.metrics:
@@ -734,7 +740,7 @@ def _report(state):
     folder, config = state.folder, state.config
     looks = config.eval_num_images and state.eval_start is not None
     if looks and state.looked != state.epoch:
-        look(state)
+        _look(state)
     state.progress.phase("writing the report")
     weights = state.engine.whole_weights(state.denoiser.network)
     if not state.engine.is_main:
@@ -770,7 +776,7 @@ def _steps(state, on_epoch, verbose):
     # after full fine-tuning has begun, the policy before training is gone
     untrained = config.use_lora or state.epoch == 0
     if config.eval_num_images and state.eval_start is None and untrained:
-        look(state)
+        _look(state)
     with contextlib.closing(train(state=state)) as steps:
         for step in steps:
             if not step.metrics:

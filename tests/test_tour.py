@@ -1,5 +1,6 @@
 """The tour's loop, as the notebook has it: it does what it says, and it learned at three seeds."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -19,7 +20,8 @@ import tour  # noqa: E402
 def names():
     "The notebook's own functions, at their smallest: two animals, two steps."
     space = tour.definitions()
-    space.update(PROMPTS=[p for p in space["ALL"][:2] for _ in range(4)], T=2, STEPS=range(1))
+    prompts = [p for p in space["ALL"][:2] for _ in range(space["GROUP"])]
+    space.update(PROMPTS=prompts, T=2, STEPS=range(1))
     return space
 
 
@@ -46,12 +48,15 @@ def test_the_log_is_of_the_loop_as_it_is():
     assert all(len(row["rewards"]) == epochs for row in log["runs"])
     runs = {(row["name"], row["seed"]): row for row in log["runs"]}
     assert runs.keys() == {(v[0], seed) for v in tour.VARIANTS for seed in tour.SEEDS}
-    for (name, _), row in runs.items():
-        if name != "DDPO, all steps":
+    for (name, seed), row in runs.items():
+        if name in ("DDPO", "AWM"):
             assert row["gain"] > 4 * row["error"], row
+        if name == "DDPO, shuffled":
+            assert row["gain"] < 4 * row["error"], row
+            assert row["gain"] < 0.5 * runs["DDPO", seed]["gain"]
 
 
-@pytest.mark.parametrize("update", ["ddpo", "awm"])
+@pytest.mark.parametrize("update", ["ddpo", "awm", "control"])
 def test_an_epoch_trains_and_can_be_repeated(names, update, capsys):
     runs = [names["train"](names[update], seed, 1, 1e-3) for seed in (0, 0, 1)]
     assert capsys.readouterr().out.count("epoch 0") == 3
@@ -84,6 +89,23 @@ def test_fresh_samples_follow_reinforce(names, monkeypatch):
     )
     expected = torch.autograd.grad(-(advantages * log_prob).mean(), weights)
     torch.testing.assert_close(found[0], list(expected), rtol=1e-3, atol=1e-6)
+
+
+def test_the_remark_is_the_share_of_clipped_steps(names, monkeypatch):
+    "With a clip of zero, all steps that moved the right way are clipped; with a wide one, none."
+    denoiser = names["load"]("tiny", guidance_scale=1.0)
+    weights = denoiser.trainable(lora_rank=8, seed=0)
+    noise = [names["generator_for"](0, i) for i in range(8)]
+    rollout = names["sample"](denoiser, denoiser.encode(names["PROMPTS"]), 2, 1.0, noise)
+    rollout = dataclasses.replace(rollout, log_probs=rollout.log_probs - 0.1)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0])
+    remarks = []
+    for clip in (0.0, 1.0):
+        monkeypatch.setitem(names, "CLIP", clip)
+        generator = torch.Generator().manual_seed(0)
+        optimizer = torch.optim.SGD(weights, lr=0.0)
+        remarks.append(names["ddpo"](denoiser, rollout, advantages, optimizer, generator))
+    assert remarks == [", 62% of the steps clipped", ", 0% of the steps clipped"]
 
 
 def test_constants_and_functions_are_taken_and_runs_are_not(tmp_path, monkeypatch):

@@ -407,6 +407,20 @@ def test_pictures_are_decoded_by_halves_where_the_memory_is_full(tmp_path):
     torch.testing.assert_close(pieces.images, plain.images, atol=1e-4, rtol=1e-4)
 
 
+def test_a_look_is_drawn_by_halves_where_the_memory_is_full(tmp_path):
+    fields = dict(eval_num_images=8, eval_judges="")
+    plain = setup(small(tmp_path, run_name="plain", **fields))
+    state = setup(small(tmp_path, run_name="halved", **fields))
+    # guidance sends each picture twice through the network
+    lines = holds(state, 6, with_gradient=False)
+    next(train(state=plain))
+    next(train(state=state))
+    assert state.config.sample_micro_batch_size == 2 and len(lines) == 2
+    assert state.eval_start == pytest.approx(plain.eval_start, abs=2e-3)
+    a, b = (torch.load(s.folder / "eval/epoch_0000.pt")["images"].int() for s in (plain, state))
+    assert (a - b).abs().max() <= 1, "the same pictures but for rounding"
+
+
 def test_one_transition_that_does_not_fit_ends_with_what_to_turn(tmp_path):
     state = setup(small(tmp_path))
     holds(state, 0)

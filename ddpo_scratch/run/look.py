@@ -43,7 +43,7 @@ def _pictures(state, prompts):
                 config.seed,
                 config.look_steps,
                 config.look_eta,
-                config.sample_batch_size,
+                config.sample_micro_batch_size or config.sample_batch_size,
             )
     finally:
         denoiser.guidance_scale = trained_scale
