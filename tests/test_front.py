@@ -31,7 +31,7 @@ def test_the_table_of_methods_names_all_of_them():
     assert sorted(named) == sorted(ours)
 
 
-@pytest.mark.parametrize("folder", ["book", "library", "making", "gpu"])
+@pytest.mark.parametrize("folder", ["book", "derivations", "library", "making", "gpu"])
 def test_every_notebook_is_named(folder):
     files = sorted(path.name for path in (ROOT / "nbs" / folder).glob("*.ipynb"))
     assert files and not [name for name in files if f"nbs/{folder}/{name})" not in README]

@@ -103,6 +103,16 @@ def test_links_between_notebooks_lead_somewhere():
     assert not wrong, wrong
 
 
+def test_the_book_can_be_finished():
+    "Sixteen chapters, fewer than 400 cells, none that exports: modules have notebooks of their own."
+    chapters = {
+        path.name: nbt.read(path).cells for path in nbt.notebooks() if path.parent.name == "book"
+    }
+    assert len(chapters) == 16 and sum(map(len, chapters.values())) < 400
+    text = {name: "".join(cell.source for cell in cells) for name, cells in chapters.items()}
+    assert not [name for name, source in text.items() if "#| export" in source]
+
+
 # ---------------------------------------------------------------- imports
 
 
