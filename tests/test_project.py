@@ -104,7 +104,7 @@ def test_links_between_notebooks_lead_somewhere():
 
 
 def test_the_book_can_be_finished():
-    "Sixteen chapters, fewer than 400 cells, none that exports: modules have notebooks of their own."
+    "Sixteen chapters, fewer than 400 cells; modules are exported elsewhere."
     chapters = {
         path.name: nbt.read(path).cells for path in nbt.notebooks() if path.parent.name == "book"
     }
