@@ -295,6 +295,23 @@ def test_another_model_gets_a_preset_that_fits_and_says_so(capsys):
     assert c.train_learning_rate < 1e-3 and c.sample_num_steps > 20
 
 
+@pytest.mark.parametrize(
+    "words, method, said",
+    [
+        ([], "awm", False),
+        (["--reward_fn", "blueness", "--seed", "3", "--num_epochs", "2"], "awm", False),
+        (["--sample_num_batches_per_epoch", "1"], "ddpo_is", True),
+        (["--sample_num_batches_per_epoch", "1", "--method", "ddpo_is"], "ddpo_is", False),
+        (["--sample_num_batches_per_epoch", "1", "--preset", "tiny_minute"], "awm", False),
+    ],
+)
+def test_numbers_that_leave_the_main_job_are_told(capsys, words, method, said):
+    assert cli.parse_train(words).method_name == method
+    told = capsys.readouterr().out
+    assert ("sample_num_batches_per_epoch given: the method is ddpo_is" in told) is said
+    assert ("--preset tiny_minute keeps those of the main job" in told) is said
+
+
 def test_a_model_that_no_preset_fits_stops_and_some_are_named(capsys, monkeypatch):
     message = mistake(capsys, "ddpo_train", "--model", "somebody/their-model", "--dry_run")
     assert "no preset is known to fit 'somebody/their-model'" in message

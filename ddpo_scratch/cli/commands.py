@@ -371,7 +371,13 @@ def _fitting_preset(model, given):
     "Choose a preset for a model where none was named, and say which."
     if model == TrainConfig.model:
         own = set().union(*(GROUPS[name] for name in _OWN_NUMBERS))
-        return "tiny" if (own | {"method"}) & (set(given) - _OWN_WORDS) else MAIN_JOB
+        numbers = own & (set(given) - _OWN_WORDS)
+        if numbers and "method" not in given:
+            _tell(
+                f"{', '.join(sorted(numbers))} given: the method is {TrainConfig.method}, with "
+                f"TrainConfig's numbers (--preset {MAIN_JOB} keeps those of the main job)"
+            )
+        return "tiny" if numbers or "method" in given else MAIN_JOB
     from ddpo_scratch.models.base import find_model
     from ddpo_scratch.run.plan import suggest_presets
 
