@@ -103,6 +103,13 @@ def test_links_between_notebooks_lead_somewhere():
     assert not wrong, wrong
 
 
+def test_a_title_stands_alone():
+    "Of the cell with the title, nbdev shows the title and the line in quotes, and drops the rest."
+    alone = re.compile(r"# [^\n]+(\n+> [^\n]+)?\s*")
+    paths = nbt.notebooks()
+    assert not [p.name for p in paths if not alone.fullmatch(nbt.read(p).cells[0].source)]
+
+
 def test_the_book_can_be_finished():
     "Sixteen chapters, fewer than 400 cells; modules are exported elsewhere."
     chapters = {
