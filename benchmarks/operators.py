@@ -78,7 +78,8 @@ def operators(precision):
     )
     state = setup(config, denoiser=denoiser_as_deep(DTYPES[precision]))
     samples = collect(state)
-    batch = micro_batches(state, samples, *minibatches(state, 0)[0])[0]
+    index, steps, _ = minibatches(state, 0)[0]
+    batch = micro_batches(state, samples, index, steps)[0]
     # the second micro-batch adds to gradients that are there
     for _ in range(2):
         with Counter() as counter:

@@ -260,19 +260,41 @@ def collect(
     )
 
 # %% ../nbs/library/40_train.ipynb #3a80163b
+def _order(state, inner_epoch, n, rank):
+    "Draw an order of n samples, and the denoising steps of each."
+    generator = state.generator(state.epoch, inner_epoch, "minibatches", rank)
+    usable = state.method.steps(state.denoiser.path)
+    n_steps = min(state.config.steps_per_sample, len(usable))
+    places = torch.rand(n, len(usable), generator=generator).argsort(1)[:, :n_steps]
+    return torch.randperm(n, generator=generator), usable[places]
+
+
+def _own_part(state, inner_epoch):
+    "Take this process's part of the one update that a single process would make of all samples."
+    config, engine = state.config, state.engine
+    order, steps = _order(state, inner_epoch, config.samples_per_epoch * engine.world, 0)
+    numbers = []
+    for j in range(config.sample_num_batches_per_epoch):
+        numbers += engine.sample_numbers(j, config.sample_batch_size)
+    index_of = {number: index for index, number in enumerate(numbers)}
+    places = torch.tensor([i for i, number in enumerate(order.tolist()) if number in index_of])
+    own = order[places]
+    index = torch.tensor([index_of[number] for number in own.tolist()])
+    n_steps = steps.shape[1]
+    rows = places[:, None] * n_steps + torch.arange(n_steps)
+    return index, steps[own], rows.flatten()
+
+
 def minibatches(
     state,  # TrainState
     inner_epoch,  # which pass over the samples
-) -> list:  # of (index (b,), steps (b, s)), one an optimizer step
+) -> list:  # of (index (b,), steps (b, s), rows), one an optimizer step; see `update`
     "Split this process's samples at random, with random steps for each."
-    config = state.config
-    generator = state.generator(state.epoch, inner_epoch, "minibatches", state.engine.rank)
-    usable = state.method.steps(state.denoiser.path)
-    n, n_steps = config.samples_per_epoch, min(config.steps_per_sample, len(usable))
-    order = torch.rand(n, len(usable), generator=generator).argsort(1)
-    steps = usable[order[:, :n_steps]]
-    parts = torch.randperm(n, generator=generator).split(config.samples_per_update)
-    return [(index, steps[index]) for index in parts]
+    n, engine = state.config.samples_per_epoch, state.engine
+    if engine.world > 1 and state.config.samples_per_update == n:
+        return [_own_part(state, inner_epoch)]
+    order, steps = _order(state, inner_epoch, n, engine.rank)
+    return [(i, steps[i], None) for i in order.split(state.config.samples_per_update)]
 
 # %% ../nbs/library/40_train.ipynb #38b1d881
 def _fixed_size(state):
@@ -358,22 +380,28 @@ def update(
     samples,  # Samples of an epoch
     index,  # (b,) which samples are in this step
     steps,  # (b, s) which denoising steps of each
+    rows=None,  # (b*s,) which rows these are of an update that all processes make together
 ) -> dict:  # loss, grad_norm, lr and the method's gauges
     "Take one optimizer step on collected samples, again where the memory was full."
-    n = steps.numel()
-    generator = state.generator(state.global_step, "denoising", state.engine.rank)
-    draws = state.method.draws(state.denoiser, n, generator)
+    n, engine = steps.numel(), state.engine
+    if rows is None:
+        generator = state.generator(state.global_step, "denoising", engine.rank)
+        draws = state.method.draws(state.denoiser, n, generator)
+    else:
+        generator = state.generator(state.global_step, "denoising", 0)
+        drawn = state.method.draws(state.denoiser, n * engine.world, generator)
+        draws = tuple(column[rows] for column in drawn)
     if not state.config.train_micro_batch_size:
         size = _micro_size(state, n)
         state.config = dataclasses.replace(state.config, train_micro_batch_size=size)
-    rows = _where_it_fits(
+    gauges = _where_it_fits(
         state,
         "train_micro_batch_size",
         n,
         lambda: _gradients(state, samples, index, steps, draws),
         exchanges=True,
     )
-    return optimizer_step(state, _pooled(state.engine, rows))
+    return optimizer_step(state, _pooled(engine, gauges))
 
 # %% ../nbs/library/40_train.ipynb #42ae8586
 _MAX_SKIPPED = 20  # the scaler halves its scale at each: 2**20 below the start no loss is left
@@ -514,7 +542,7 @@ def _recorded_exactly(state, samples, index, steps):
 
 def _replay(state, samples, todo):
     "Compute all log-probs again, by the batches of training; of several passes the last decides."
-    for index, steps in todo:
+    for index, steps, _ in todo:
         for batch in micro_batches(state, samples, index, steps):
             with torch.no_grad():
                 state.method.replay(state.denoiser, batch)
@@ -596,11 +624,11 @@ def _collected_steps(state, epoch):
     todo = []
     for inner_epoch in range(config.train_num_inner_epochs):
         todo += minibatches(state, inner_epoch)
-    _settle(state, samples, *todo[0])
-    if config.mixed_precision != "no" and not _recorded_exactly(state, samples, *todo[0]):
+    _settle(state, samples, *todo[0][:2])
+    if config.mixed_precision != "no" and not _recorded_exactly(state, samples, *todo[0][:2]):
         _replay(state, samples, todo)
-    for index, steps in todo:
-        yield update(state, samples, index, steps)
+    for index, steps, rows in todo:
+        yield update(state, samples, index, steps, rows)
 
 
 def _differentiated_steps(state, epoch):

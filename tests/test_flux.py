@@ -241,13 +241,17 @@ METHODS = {
     "nft": dict(method="nft"),
     "awm": dict(method="awm", kl_weight=0.1),
     "drtune": dict(method="drtune(early=0)", reward_fn="brightness"),
+    "klein": dict(model="klein_base", method="flow_grpo", sample_guidance_scale=3.0),
+    "klein, awm": dict(model="klein", method="awm"),
+    "schnell": dict(model="flux_schnell", method="nft"),
 }
 PICTURE = dict(height=32, width=32)
 
 
 @pytest.mark.parametrize("fields", METHODS.values(), ids=METHODS)
 def test_a_run_of_two_epochs_goes_on_from_a_checkpoint(tmp_path, fields):
-    fields = RUN | PICTURE | dict(model=folder("flux_dev")) | fields
+    fields = RUN | PICTURE | dict(model="flux_dev") | fields
+    fields["model"] = folder(fields["model"])
     whole, resumed = whole_and_resumed(tmp_path, **fields)
     moved = any(p.any() for p in resumed.params[1::2])  # the LoRA's second matrices begin at zero
     assert moved and all(p.isfinite().all() for p in resumed.params)

@@ -428,8 +428,10 @@ def test_one_process_and_two_make_the_same_updates(tmp_path):
         runs = {
             # the last step's noise is 0.006: divided by its square, rounding is a KL gradient
             "flow_grpo": fields | dict(method="flow_grpo(drop_last=True)", logdir=str(place)),
-            # matching draws its noise on each process, and is equal in the mean alone
             "ddpo_is": fields | dict(method="ddpo_is", logdir=str(place), kl_weight=0.0),
+            # an update of all samples shares its noise, too
+            "nft": fields | dict(method="nft", logdir=str(place)),
+            "awm": fields | dict(method="awm", logdir=str(place)),
         }
         cpu = dict(ACCELERATE_USE_CPU="true")
         processes.run(tmp_path / "script.py", place, json.dumps(runs), world=world, **cpu)

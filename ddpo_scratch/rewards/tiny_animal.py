@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..models.tiny import CONCEPTS, OBJECTS, load_classifier
 from .base import Reward, reward
-from .models import Frozen
+from .frozen import Frozen
 
 # %% ../../nbs/making/62_tiny_animal.ipynb #216a70db
 @functools.cache
