@@ -4,15 +4,17 @@
     python experiments/tour.py --threads 1
 
 The cells of nbs/book/00_tour.ipynb that define the loop are executed as they stand there; nothing
-is written twice. For DDPO, AWM, and DDPO on all steps of a trajectory, and for each seed, tour.json
-gets the seconds of training, the mean reward of each epoch, the gain over the pictures before
-training (45 animals from held-out noise, paired by noise) with its standard error, and the share of
-animals that the classifier still names.
+is written twice. For DDPO, AWM, DDPO on all steps of a trajectory, and DDPO with shuffled
+advantages (the control: it sees the same pictures and learns nothing from their rewards), and for
+each seed, tour.json gets the seconds of training, the mean reward of each epoch, the gain over the
+pictures before training (45 animals from held-out noise, paired by noise) with its standard error,
+and the share of animals that the classifier still names.
 """
 
 import argparse
 import ast
 import contextlib
+import functools
 import io
 import json
 import re
@@ -34,6 +36,7 @@ VARIANTS = (
     ("AWM", "awm", {}),
     # at the notebook's own rate it gains less
     ("DDPO, all steps", "ddpo", dict(STEPS=range(9), RATE=4e-3)),
+    ("DDPO, shuffled", "control", {}),
 )
 
 
@@ -46,6 +49,7 @@ def definitions():
         source = "\n".join(x for x in cell.source.split("\n") if not x.startswith("%"))
         kept = [node for node in ast.parse(source).body if defines(node)]
         exec(compile(ast.Module(kept, []), str(NOTEBOOK), "exec"), space)
+    space["control"] = functools.partial(control, space)
     return space
 
 
@@ -56,6 +60,12 @@ def defines(node):
             isinstance(x, ast.Name) and re.fullmatch("[A-Z_]{2,}|T", x.id) for x in node.targets
         )
     return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))
+
+
+def control(tour, denoiser, rollout, advantages, optimizer, generator):
+    "Learn as DDPO does, with each picture's advantage given to another picture."
+    order = torch.randperm(len(advantages), generator=generator)
+    return tour["ddpo"](denoiser, rollout, advantages[order], optimizer, generator)
 
 
 def run(tour, variant, seed, classifier):
@@ -99,7 +109,7 @@ def add(row, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=2, help="of the processor")
-    parser.add_argument("--only", choices=[name for name, *_ in VARIANTS], help="one of the three")
+    parser.add_argument("--only", choices=[name for name, *_ in VARIANTS], help="one of the four")
     args = parser.parse_args()
     tour, classifier = definitions(), load_classifier()
     torch.set_num_threads(args.threads)
