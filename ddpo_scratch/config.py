@@ -773,6 +773,9 @@ def _preset_file(name):
     return path
 
 
+_read_once = functools.cache(_read)  # of files that ship with the package
+
+
 def read_preset(
     name,  # of a preset, or a file ending in .yaml that has a preset's form
 ) -> Preset:  # with the keys and fields that it inherits
@@ -782,7 +785,8 @@ def read_preset(
         path = _preset_file(name)
         if path in [known for known, _ in family]:
             raise ValueError(f"{str(path)!r} inherits from itself")
-        family.append((path, _converted(Preset, _read(path), path)))
+        read = _read_once if path.parent == _FOLDER else _read
+        family.append((path, _converted(Preset, read(path), path)))
         name = family[-1][1].get("inherits")
     merged = {"config": {}}
     for path, record in reversed(family):
