@@ -226,7 +226,7 @@ def test_options_of_memory_change_no_number(tmp_path, plain, fields):
 def test_half_precision_trajectories_take_half_the_memory_and_replay_exactly(
     tmp_path, plain, dtype
 ):
-    fields = dict(rollout_dtype=dtype, train_batch_size=8, train_micro_batch_size=8, num_epochs=3)
+    fields = dict(rollout_dtype=dtype, train_batch_size=8, train_micro_batch_size=8, num_epochs=2)
     config = small(tmp_path, run_name="whole", sample_guidance_scale=2.0, **fields)
     state = setup(config)
     rollout = collect(state).rollout
