@@ -35,7 +35,7 @@ VARIANTS = (
     ("DDPO", "ddpo", {}),
     ("AWM", "awm", {}),
     # at the notebook's own rate it gains less
-    ("DDPO, all steps", "ddpo", dict(STEPS=range(9), RATE=4e-3)),
+    ("DDPO, nine steps", "ddpo", dict(STEPS=range(9), RATE=4e-3)),
     ("DDPO, shuffled", "control", {}),
 )
 
