@@ -756,7 +756,7 @@ def preset_names() -> list:  # of str, sorted
     "List the presets that come with the package."
     return sorted(Path(path.name).stem for path in _FOLDER.iterdir() if path.suffix == ".yaml")
 
-# %% ../nbs/library/29_config.ipynb #04d9578c
+# %% ../nbs/library/29_config.ipynb #8780f2d1
 def _is_file(name):
     "Tell a preset's file from its name."
     return str(name).endswith((".yaml", ".yml"))

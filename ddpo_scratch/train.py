@@ -143,7 +143,7 @@ def _halve(state, field, n, words):
         "off is done again"
     )
 
-# %% ../nbs/library/40_train.ipynb #6bf0e684
+# %% ../nbs/library/40_train.ipynb #b9517f52
 def _where_it_fits(state, field, n, work, exchanges=False):
     "Do work on n rows, by a size of the configuration that is halved until the memory suffices."
     engine = state.engine
@@ -259,7 +259,7 @@ def collect(
         kl_share=None if shaped.kl_share is None else shaped.kl_share[numbers],
     )
 
-# %% ../nbs/library/40_train.ipynb #3a80163b
+# %% ../nbs/library/40_train.ipynb #f0133004
 def _order(state, inner_epoch, n, rank):
     "Draw an order of n samples, and the denoising steps of each."
     generator = state.generator(state.epoch, inner_epoch, "minibatches", rank)
@@ -329,7 +329,7 @@ def micro_batches(
         batches.append(Batch(samples.rollout, sample, step, weight, device, rows, pays))
     return batches
 
-# %% ../nbs/library/40_train.ipynb #964373f2
+# %% ../nbs/library/40_train.ipynb #a30bcf19
 def _pooled(engine, rows):
     "Average gauges over micro-batches, by their shares, and processes; the ratio's largest spread."
     names = list(rows[0][1])
@@ -511,7 +511,7 @@ def _training(state, work):
     "Begin the phase in which the weights change."
     state.begin("training", state.config.updates_per_epoch, "update", work)
 
-# %% ../nbs/library/40_train.ipynb #731b5b5a
+# %% ../nbs/library/40_train.ipynb #bdb139e9
 def _same_shapes(state, samples, n):
     "Tell whether sampling and training on n transitions pass rows of one shape to the network."
     size = state.config.train_micro_batch_size
@@ -610,7 +610,7 @@ def _settle(state, samples, index, steps):
     found = ", ".join(f"{name} {value}" for name, value in fields.items())
     state.progress.line(f"{found}: {how}")
 
-# %% ../nbs/library/40_train.ipynb #8409c8e3
+# %% ../nbs/library/40_train.ipynb #cf605f8e
 def _collected_steps(state, epoch):
     "Yield the optimizer steps of an epoch that collects all of its samples first."
     config, method = state.config, state.method
@@ -646,7 +646,7 @@ def _differentiated_steps(state, epoch):
             epoch.extras = _mean_extras(state.engine, all_extras, len(rewards) // batches)
         yield out
 
-# %% ../nbs/library/40_train.ipynb #8cd1db74
+# %% ../nbs/library/40_train.ipynb #3966fc84
 def _finite_means(rows):
     "Average each number over an epoch's steps; a skipped step has no gradient norm."
     means = {}
@@ -707,7 +707,7 @@ def _epoch(state):
         state.log.row(step.metrics)
     yield step
 
-# %% ../nbs/library/40_train.ipynb #d5061319
+# %% ../nbs/library/40_train.ipynb #52116b6c
 def train(
     config=None,  # TrainConfig; None is the main job
     state=None,  # TrainState of `setup`, in place of the config
@@ -762,7 +762,7 @@ def _epoch_line(state, step, verbose=False):
     parts.append(f"{row['seconds_sampling'] + row['seconds_training']:.0f} s")
     return f"epoch {step.epoch}/{state.config.num_epochs}: {', '.join(parts)}"
 
-# %% ../nbs/library/40_train.ipynb #bd6f9f7c
+# %% ../nbs/library/40_train.ipynb #db3fa6c2
 def _report(state):
     "Look a last time, save what was trained, and write the report; every process must come here."
     folder, config = state.folder, state.config
@@ -797,7 +797,7 @@ def _display(folder):
             if path.is_file():
                 display(Image(data=path.read_bytes()))
 
-# %% ../nbs/library/40_train.ipynb #f623989d
+# %% ../nbs/library/40_train.ipynb #61062e72
 def _steps(state, on_epoch, verbose):
     "Train to the end, with a line an epoch."
     config = state.config

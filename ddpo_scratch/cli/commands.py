@@ -356,7 +356,7 @@ def _train_parser():
         suggest_fields,
     )
 
-# %% ../../nbs/library/47_cli.ipynb #6b6bc942
+# %% ../../nbs/library/47_cli.ipynb #e398bccf
 def _processes(world):
     "Say how many processes a run has: as given, or as the launcher says."
     return world or int(os.environ.get("WORLD_SIZE", 1))

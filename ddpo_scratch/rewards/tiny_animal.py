@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TinyAnimal']
 
-# %% ../../nbs/making/62_tiny_animal.ipynb #eb84f012
+# %% ../../nbs/making/62_tiny_animal.ipynb #cb09ee73
 import functools
 import re
 

@@ -29,7 +29,7 @@ def averaged(
     finally:
         state.average.restore(state.params)
 
-# %% ../../nbs/library/39_look.ipynb #e86785bb
+# %% ../../nbs/library/39_look.ipynb #193a6e7e
 def _pictures(state, prompts):
     "Draw the fixed-seed pictures; at the first look, those of the policy before training."
     config, denoiser = state.config, state.denoiser
