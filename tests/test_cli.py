@@ -845,7 +845,8 @@ def trained(tmp_path_factory):
 
 def test_training_says_what_it_does_and_did(trained):
     folder, out = trained
-    first, *_ = out.splitlines()
+    note, first, *_ = out.splitlines()
+    assert note.startswith("sample_batch_size, ") and "the method is ddpo_is" in note
     assert first.startswith("ddpo_is trains a LoRA of rank 8 of tiny: reward jpeg_compressibility")
     assert first.endswith("at most 1 epoch of 4 pictures and 2 updates")
     assert "\r" not in out and "epoch 1" in out  # no bar in a log

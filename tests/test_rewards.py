@@ -1013,7 +1013,11 @@ def test_nobody_waits_for_a_reward_that_hangs(kind):
     with pytest.raises(KeyboardInterrupt):
         with RewardWorkers(f"{HERE}:hangs", 1, kind) as workers:
             futures = [workers.submit(*args(pictures())) for _ in range(3)]
-            while futures[0].running() is False:
+            processes = workers._processes
+            # asked, and not only about to be
+            while not (
+                futures[0].running() and all(p.process and p.process.pid for p in processes)
+            ):
                 time.sleep(0.01)
             raise KeyboardInterrupt
     assert [f.cancelled() for f in futures] == [False, True, True]
