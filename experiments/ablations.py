@@ -11,11 +11,20 @@ looks worse here than it is.
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
-from comparison import LOOKS, SEEDS, Job, Ruler, config_of, follow, read_log, save_sheet
+from comparison import (
+    LOOKS,
+    SEEDS,
+    Job,
+    Ruler,
+    add_line,
+    config_of,
+    follow,
+    read_log,
+    save_sheet,
+)
 
 from ddpo_scratch.methods.ppo import DDPOIS, ppo_loss
 
@@ -83,16 +92,9 @@ def run(name, whole):
     if seed == "0":
         save_sheet(images, HERE / f"{change}.webp")
     line = dict(name=name, change=change, seed=int(seed), threads=torch.get_num_threads()) | record
-    with LOG.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    add_line(line, LOG)
     last = record["looks"][-1]
     print(f"{name}: reward {last['reward']:.3f}, named {last['named']:.0%}", flush=True)
-
-
-def done():
-    "Read the names of the finished runs."
-    lines = LOG.read_text().splitlines() if LOG.exists() else []
-    return {json.loads(line)["name"] for line in lines}
 
 
 def main():
@@ -103,7 +105,7 @@ def main():
     torch.set_num_threads(args.threads)
     whole = read_log()
     for name in names():
-        if args.change in (None, name.rpartition("-")[0]) and name not in done():
+        if args.change in (None, name.rpartition("-")[0]) and name not in read_log(LOG):
             run(name, whole)
 
 

@@ -165,17 +165,17 @@ def all_jobs():
     return jobs
 
 
-def read_log():
+def read_log(log=LOG):
     "Read the finished jobs: name -> record."
-    if not LOG.exists():
+    if not log.exists():
         return {}
-    records = map(json.loads, LOG.read_text().splitlines())
+    records = map(json.loads, log.read_text().splitlines())
     return {record["name"]: record for record in records}
 
 
-def add_line(record):
+def add_line(record, log=LOG):
     "Add a line to the log, as one of several workers."
-    with LOG.open("a") as file:
+    with log.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(record) + "\n")
 

@@ -20,13 +20,12 @@ shuffled    the same with each reward given to another picture, three seeds
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
 
 import torch
-from comparison import Shuffled, save_sheet
+from comparison import Shuffled, add_line, read_log, save_sheet
 from PIL import Image
 
 from ddpo_scratch.config import preset
@@ -253,12 +252,6 @@ JOBS |= {f"{kind}-{seed}": match for seed in SEEDS for kind in ("warm", "shuffle
 JOBS |= {"awm-0": match, "dpo-0": prefer}
 
 
-def done():
-    "Read the names of the finished jobs."
-    lines = LOG.read_text().splitlines() if LOG.exists() else []
-    return {json.loads(line)["name"] for line in lines}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("job", nargs="?", choices=JOBS, help="one of them; else all")
@@ -267,11 +260,10 @@ def main():
     torch.set_num_threads(args.threads)
     RUNS.mkdir(parents=True, exist_ok=True)
     for job in [args.job] if args.job else JOBS:
-        if job in done():
+        if job in read_log(LOG):
             continue
         record = dict(name=job) | JOBS[job](job)
-        with LOG.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        add_line(record, LOG)
         animals = record["look"]["animals"]
         right, named = (sum(animals[key]) / len(animals[key]) for key in ("right", "named"))
         print(f"{job}: {right:.0%} as asked, {named:.0%} of the animals named", flush=True)
