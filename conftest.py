@@ -4,6 +4,7 @@
 longest, every notebook (nbmake, each in a kernel of its own), and the rest.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -27,9 +28,20 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def pytest_collection_modifyitems(items):
-    "Sort the tests."
+MANY = 5  # notebooks: fewer do not repay the start of a server of kernels
+_open = contextlib.ExitStack()  # what ends with the session
+_around = {}  # what notebooks find around them, once the first is run
+
+
+def pytest_collection_modifyitems(config, items):
+    "Sort the tests, and count the notebooks."
     items.sort(key=lambda item: ORDER.get(item.path.name, ORDER.get(item.path.suffix, 4)))
+    config.has_many_notebooks = sum(item.path.suffix == ".ipynb" for item in items) > MANY
+
+
+def pytest_unconfigure():
+    "Close what was opened for the session."
+    _open.close()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -51,7 +63,12 @@ def pytest_runtest_call(item):
     "Give notebooks the environment that `tools/notebooks.py run` gives them."
     if item.path.suffix != ".ipynb":
         return (yield)
+    import kernels
     import notebooks
 
-    with mock.patch.dict(os.environ, notebooks.environment()):
+    if not _around:
+        _around.update(notebooks.environment())
+        if item.config.has_many_notebooks and kernels.POSSIBLE:
+            _around["JUPYTER_PATH"] = _open.enter_context(kernels.server(dict(_around)))
+    with mock.patch.dict(os.environ, _around):
         return (yield)

@@ -6,15 +6,20 @@ orders them.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
+import kernels  # noqa: E402
 import notebooks as nbt  # noqa: E402
 import stale  # noqa: E402
 
@@ -106,7 +111,7 @@ def notebook(path, *cells):
 def small(tmp_path_factory):
     "A project of two notebooks, both run: 01_a exports `a`, 02_b imports it and shows a log."
     root = tmp_path_factory.mktemp("small")
-    tools = ("tools/notebooks.py", "tools/stale.py")
+    tools = ("tools/notebooks.py", "tools/stale.py", "tools/kernels.py")
     for file in ("settings.ini", "conftest.py", "pytest.ini", *tools, "ddpo_scratch/__init__.py"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, root / file)
@@ -214,6 +219,73 @@ def test_failing_cell_fails_the_test_and_names_the_notebook(project):
     edit(project / B, "print(two())", "assert two() == 5")
     done = run(project, *pytest_alone)
     assert done.returncode == 1 and "FAILED nbs/library/02_b.ipynb" in done.stdout, done.stdout
+
+
+# ---------------------------------------------------------------- kernels that are forks
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    "A kernel of a server that has imported little, and its client."
+    from jupyter_client.manager import start_new_kernel
+
+    environment = dict(os.environ, SAYS="served")
+    with kernels.server(environment, ["ipykernel.kernelapp", "this"]) as path:
+        monkeypatch.setenv("JUPYTER_PATH", path)
+        monkeypatch.setenv("SAYS", "asked")
+        manager, client = start_new_kernel(cwd=tmp_path)
+        yield manager, client
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def result(client, code):
+    "Run a cell; return the text of its result, or the name of its error."
+    found = []
+    client.execute_interactive(code, timeout=60, output_hook=lambda m: found.append(m["content"]))
+    texts = [c["data"]["text/plain"] if "data" in c else c.get("ename") for c in found]
+    return next((text for text in texts if text), None)
+
+
+def ends(pid, seconds=20):
+    "Say whether a process ends, though nobody may have asked yet how."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(not kernels.POSSIBLE, reason="forks of loaded libraries are for Linux")
+def test_a_forked_kernel_is_as_a_new_one(kernel, tmp_path):
+    manager, client = kernel
+    assert result(client, "import os, sys, subprocess; os.getcwd()") == repr(str(tmp_path))
+    assert result(client, "os.environ['SAYS'], '' in sys.path") == "('asked', True)"
+    assert result(client, f"{str(ROOT / 'tools')!r} in sys.path") == "False"
+    assert result(client, "'this' in sys.modules, 'torch' in sys.modules") == "(True, False)"
+    assert result(client, "subprocess.run(['true']).returncode") == "0"
+    assert result(client, "__name__, 'kernels' in sys.modules") == "('__main__', False)"
+    pid = int(result(client, "os.getpid()"))
+    threading.Timer(1, manager.interrupt_kernel).start()
+    assert result(client, "import time; time.sleep(60)") == "KeyboardInterrupt"
+    assert int(result(client, "os.getpid()")) == pid
+    manager.shutdown_kernel()
+    assert ends(pid)
+
+
+@pytest.mark.skipif(not kernels.POSSIBLE, reason="forks of loaded libraries are for Linux")
+@pytest.mark.parametrize("who", ["manager", "server", "kernel"])
+def test_no_forked_kernel_is_left(kernel, who):
+    manager, client = kernel
+    pid = int(result(client, "import os; os.getpid()"))
+    if who == "manager":
+        manager.shutdown_kernel(now=True)
+    else:
+        os.kill(int(result(client, "os.getppid()")) if who == "server" else pid, signal.SIGKILL)
+    assert ends(pid)
+    if who == "kernel":
+        assert ends(manager.provisioner.pid)
 
 
 WRITES_ITS_WORKER = """
