@@ -41,6 +41,9 @@ OBJECTS = """
 """.split()
 
 # %% ../nbs/library/25_prompts.ipynb #15ee10f5
+_LETTER_DECIDES = frozenset(COMMON_ANIMALS + OTHER_ANIMALS + OBJECTS)
+
+
 @functools.cache
 def _english():
     "Make inflect's engine, once."
@@ -55,6 +58,9 @@ def article(
     "Choose the English indefinite article by the sound of the first word."
     if not noun.strip():
         raise ValueError("article: the noun is empty: give a word")
+    first = noun.split()[0]
+    if first in _LETTER_DECIDES:
+        return "an" if first[0] in "aeiou" else "a"
     return _english().a(noun.strip()).split()[0]
 
 # %% ../nbs/library/25_prompts.ipynb #044ea215

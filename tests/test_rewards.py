@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import multiprocessing.process
 import os
 import pickle
 import signal
@@ -20,6 +21,7 @@ from scipy.stats import spearmanr
 from ddpo_scratch.models import tiny
 from ddpo_scratch.models.sd import StableDiffusion, load_pipeline
 from ddpo_scratch.prompts import all_prompts
+from ddpo_scratch.rewards import base
 from ddpo_scratch.rewards.base import (
     REWARDS,
     Reward,
@@ -1013,17 +1015,47 @@ def test_nobody_waits_for_a_reward_that_hangs(kind):
     with pytest.raises(KeyboardInterrupt):
         with RewardWorkers(f"{HERE}:hangs", 1, kind) as workers:
             futures = [workers.submit(*args(pictures())) for _ in range(3)]
-            processes = workers._processes
-            # asked, and not only about to be
-            while not (
-                futures[0].running() and all(p.process and p.process.pid for p in processes)
-            ):
-                time.sleep(0.01)
-            raise KeyboardInterrupt
+            while not futures[0].running():
+                time.sleep(0.001)
+            raise KeyboardInterrupt  # its process may be there, or just being started
     assert [f.cancelled() for f in futures] == [False, True, True]
     assert time.monotonic() - start < 20
-    if kind == "process":
-        assert workers._processes[0].process.exitcode == -signal.SIGKILL
+    if kind == "process" and (process := workers._processes[0].process):
+        assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_process_that_is_closed_while_it_starts_ends(is_first, monkeypatch):
+    one = base._Process(f"{HERE}:hangs", threads=1, retries=0)
+    made, go_on = threading.Event(), threading.Event()
+    start = multiprocessing.process.BaseProcess.start
+
+    def slow(self):
+        made.set()
+        go_on.wait(20)
+        start(self)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", slow)
+    if is_first:
+        one.close(kill=True)
+        with pytest.raises(RewardError, match="closed before its first batch"):
+            one(*args(pictures()))
+        return
+    errors = []
+
+    def ask():
+        try:
+            one(*args(pictures()))
+        except RewardError as e:
+            errors.append(e)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    made.wait(20)
+    threading.Timer(0.1, go_on.set).start()  # while close waits
+    one.close(kill=True)
+    asking.join(20)
+    assert one.process.exitcode == -signal.SIGKILL and len(errors) == 1
 
 
 SCRIPT = """

@@ -587,17 +587,27 @@ class _Process:
         self.threads = threads
         self.retries = retries
         self.process = None
+        self.closed = False
+        self.lock = threading.Lock()  # another thread may close what this one is starting
+
+    def _start(self):
+        "Start the process, unless it runs or nobody waits for it any more."
+        with self.lock:
+            if self.closed:
+                raise RewardError("the process of a reward was closed before its first batch")
+            if self.process is None:
+                spawn = multiprocessing.get_context("spawn")
+                self.connection, other = spawn.Pipe()
+                given = (other, self.pickled, self.threads)
+                # a daemon does not outlive this process, even if it hangs
+                process = spawn.Process(target=_serve, args=given, daemon=True)
+                process.start()
+                other.close()  # only the new process has it now: its end ends the pipe
+                self.process = process
 
     def __call__(self, *batch):
         "Send a batch, and wait for the answer."
-        if self.process is None:
-            spawn = multiprocessing.get_context("spawn")
-            self.connection, other = spawn.Pipe()
-            given = (other, self.pickled, self.threads)
-            # a daemon does not outlive this process, even if it hangs
-            self.process = spawn.Process(target=_serve, args=given, daemon=True)
-            self.process.start()
-            other.close()  # only the new process has it now: its end ends the pipe
+        self._start()
         try:
             self.connection.send_bytes(pickle.dumps((*batch, self.retries)))
             is_good, answer = pickle.loads(self.connection.recv_bytes())
@@ -612,6 +622,8 @@ class _Process:
 
     def close(self, kill=False):
         "End the process, at once or when its batch is scored."
+        with self.lock:
+            self.closed = True
         if self.process is not None:
             if kill:
                 self.process.kill()
