@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ddpo_scratch import prompts
+from ddpo_scratch.rewards import tiny_animal
 from ddpo_scratch.rollout import generator_for
 
 NOUNS = ["common_animals", "other_animals", "everyday_objects", "imagenet_animals"]
@@ -715,3 +716,19 @@ def test_dataset_of_a_runs_own_prompts():
     data = prompts.PromptDataset("common_animals", 16, generator=generator)
     animals = prompts.common_animals()
     assert list(data) == [animals(generator(i)) for i in range(16)]
+
+
+@pytest.mark.parametrize("name", ["common_animals", "other_animals", "everyday_objects"])
+def test_the_packages_own_words_need_no_dictionary(name, monkeypatch):
+    "The library inflect takes two seconds to import: more than the rest of a short run's prompts."
+    expected = prompts.all_prompts(name)
+    monkeypatch.setitem(sys.modules, "inflect", None)
+    prompts._english.cache_clear()
+    assert prompts.all_prompts(name) == expected
+    judge = tiny_animal._concept
+    assert [judge(prompt, {}) for prompt in expected] == [
+        judge("", {"noun": prompt.split(" ", 1)[1]}) for prompt in expected
+    ]
+    with pytest.raises(ImportError):
+        prompts.article("hour")
+    prompts._english.cache_clear()
