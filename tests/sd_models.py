@@ -1,6 +1,9 @@
 """Models of every class in the table of chapter 22, small and with random weights."""
 
+import functools
 import json
+import tempfile
+from pathlib import Path
 
 import diffusers
 import torch
@@ -54,7 +57,7 @@ def text_encoder(cls, tokenizer, hidden, **options):
 
 
 def unet(name):
-    "Build a U-Net of two levels with the attention of the model's class."
+    "Build a U-Net of two levels with the attention of the model's class, or of one level."
     xl, two = name == "sdxl", name.startswith("sd2")
     options = dict(
         cross_attention_dim=48 if xl else 16,
@@ -69,9 +72,12 @@ def unet(name):
             transformer_layers_per_block=(1, 2),
         )
     down, up = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
+    if name == "one level":
+        down, up = down[1:], up[1:]
+        options |= dict(mid_block_type=None)
     return diffusers.UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32),
+        block_out_channels=(16, 32)[: len(down)],
         layers_per_block=1,
         norm_num_groups=4,
         down_block_types=down[::-1] if xl else down,
@@ -96,10 +102,10 @@ def vae(name):
 
 
 def build(name, folder):
-    "Write a pipeline of the model's class: its structure and scheduler, few channels."
+    "Write a pipeline of the model's class, or 'one level': Stable Diffusion 1.5's, still smaller."
     torch.manual_seed(0)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(TINY / "tokenizer")
-    config = SCHEDULERS[name]
+    config = SCHEDULERS["sd15" if name == "one level" else name]
     parts = dict(
         unet=unet(name),
         vae=vae(name),
@@ -118,3 +124,12 @@ def build(name, folder):
     # diffusers adds its defaults to what it writes; the published file has none
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     return folder
+
+
+_PLACE = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def folder(name):
+    "Build a model once, in a folder that lasts as long as the tests."
+    return str(build(name, Path(_PLACE.name) / name))

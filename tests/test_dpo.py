@@ -8,7 +8,7 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import SMALL, numbers, small, whole_and_resumed
+from runs import SMALL, numbers, random_model, small, whole_and_resumed
 from samples import randn
 from torch.distributions import Normal
 from torch.testing import assert_close
@@ -214,6 +214,8 @@ def test_thumbs():
     assert thumbs([1.0, 2.0, 6.0, 3.0], 4).tolist() == [-1, -1, 1, 0]
     assert thumbs([1.0, 2.0, 6.0, 3.0], 2).tolist() == [-1, 1, 1, -1]
     assert thumbs(torch.zeros(3), 3).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="3 rewards do not fall into groups of 2"):
+        thumbs(torch.zeros(3), 2)
 
 
 def batch_of(method, denoiser, rewards, index, step=0):
@@ -472,6 +474,16 @@ def test_pairs_need_whole_groups(name, table):
         ("d3po(clip_range=1.5)", {}, "clip_range is 1.5"),
         ("d3po", dict(sample_eta=0.0), "needs noise in every step"),
         ("dpo(gamma=1.0)", {}, "gamma"),
+        (
+            "kto",
+            dict(sample_images_per_prompt=5, sample_batch_size=8, train_batch_size=8),
+            r"must divide the samples of an epoch \(.*\): 2 or 4 would do",
+        ),
+        (
+            "dpo",
+            dict(sample_images_per_prompt=5, sample_batch_size=8, train_batch_size=8),
+            r"must be 2 or more and divide sample_batch_size \(8\): 2 or 4 would do",
+        ),
     ],
 )
 def test_mistakes(text, fields, message):
@@ -586,6 +598,7 @@ def test_two_processes_have_one_anchor_and_resume_to_it(tmp_path):
     (tmp_path / "script.py").write_text(SHARED)
     fields = SMALL | dict(method="kto(beta=50.0)", logdir=str(tmp_path), sample_num_steps=2)
     fields |= dict(sample_batch_size=4, train_batch_size=2, train_timestep_fraction=0.5)
+    fields["model"] = random_model()
     words = tmp_path, json.dumps(fields)
     processes.run(tmp_path / "script.py", *words, world=2, ACCELERATE_USE_CPU="true")
     ranks = [torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1)]

@@ -15,8 +15,9 @@ from unittest import mock
 
 import processes
 import pytest
+import sd_models
 import torch
-from runs import SMALL, leave_in, numbers, small, trained
+from runs import SMALL, copies, leave_in, numbers, random_model, same, small, trained
 
 from ddpo_scratch.run.checkpoint import find_checkpoint, save_checkpoint
 from ddpo_scratch.config import TrainConfig
@@ -79,7 +80,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(tmp_path):
         config = small(tmp_path, num_epochs=5, resume_from=str(tmp_path / "cut"))
     resumed = trained(config)
     assert numbers(resumed.folder) == numbers(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
+    assert same(whole.params, resumed.params)
 
 
 def test_sigterm_saves_what_was_not_and_says_where(tmp_path):
@@ -183,7 +184,7 @@ def test_an_offloaded_reward_comes_back_for_each_look(tmp_path):
 
 
 def test_a_denoiser_that_is_brought_along_is_used_as_the_config_says(tmp_path):
-    denoiser = denoiser_for(load_pipeline("tiny"), 5.0, "blue")
+    denoiser = denoiser_for(load_pipeline(random_model()), 5.0, "blue")
     config = small(tmp_path, sample_guidance_scale=2.0, negative_prompts="red")
     state = setup(config, denoiser=denoiser)
     assert state.denoiser is denoiser
@@ -192,6 +193,8 @@ def test_a_denoiser_that_is_brought_along_is_used_as_the_config_says(tmp_path):
 
 # Options of memory and speed.
 
+# a smooth reward: between file sizes, rounding could make the difference of a byte
+SMOOTH = dict(reward_fn="brightness", sample_guidance_scale=2.0)
 OPTIONS = {
     "gradient_checkpointing": dict(gradient_checkpointing=True),
     "rollout on the CPU": dict(rollout_device="cpu"),
@@ -203,7 +206,7 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    return trained(small(folder, run_name="a", sample_guidance_scale=2.0))
+    return trained(small(folder, run_name="a", **SMOOTH))
 
 
 def lora_b(state):
@@ -214,9 +217,9 @@ def lora_b(state):
 
 @pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS)
 def test_options_of_memory_change_no_number(tmp_path, plain, fields):
-    state = trained(small(tmp_path, run_name="a", sample_guidance_scale=2.0, **fields))
+    state = trained(small(tmp_path, run_name="a", **SMOOTH, **fields))
     for a, b in zip(numbers(plain.folder), numbers(state.folder), strict=True):
-        assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=2e-3)
+        assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
     a, b = lora_b(plain), lora_b(state)
     assert (a - b).norm() < 0.02 * a.norm()
@@ -227,7 +230,7 @@ def test_half_precision_trajectories_take_half_the_memory_and_replay_exactly(
     tmp_path, plain, dtype
 ):
     fields = dict(rollout_dtype=dtype, train_batch_size=8, train_micro_batch_size=8, num_epochs=2)
-    config = small(tmp_path, run_name="whole", sample_guidance_scale=2.0, **fields)
+    config = small(tmp_path, run_name="whole", **SMOOTH, **fields)
     state = setup(config)
     rollout = collect(state).rollout
     assert rollout.xs.element_size() == 2 and rollout.log_probs.dtype == torch.float32
@@ -236,10 +239,10 @@ def test_half_precision_trajectories_take_half_the_memory_and_replay_exactly(
     assert torch.equal(again, rollout.log_probs), "ratio 1, bit for bit"
     whole = trained(config)
     leave_in(dataclasses.replace(config, run_name="part"), epoch=1)
-    fit(dataclasses.replace(config, run_name="", resume_from=str(tmp_path / "part")))
+    trained(dataclasses.replace(config, run_name="", resume_from=str(tmp_path / "part")))
     assert numbers(whole.folder) == numbers(tmp_path / "part")
     first, exact = (numbers(s.folder)[0]["reward_mean"] for s in (whole, plain))
-    assert first == pytest.approx(exact, abs=0.1 if dtype == "bf16" else 0.02)  # kB
+    assert first != exact and first == pytest.approx(exact, abs=3e-4 if dtype == "bf16" else 3e-5)
 
 
 def test_weighted_regression_on_half_precision_pictures(tmp_path):
@@ -269,8 +272,8 @@ def test_negative_prompts_are_what_guidance_leaves(tmp_path):
     assert torch.equal(a.cond, b.cond) and not torch.equal(a.uncond, b.uncond)
 
 
-def test_a_compiled_policy_trains_resumes_and_saves_its_lora(tmp_path, monkeypatch, folders):
-    "Traced, but run by the eager backend; a U-Net of few layers, of which each is traced."
+def test_a_compiled_policy_trains_resumes_and_saves_its_lora(tmp_path, monkeypatch):
+    "Traced, but run by the eager backend; a U-Net of one level, of which each layer is traced."
     compiled = []
 
     def compile_eagerly(network):
@@ -279,13 +282,13 @@ def test_a_compiled_policy_trains_resumes_and_saves_its_lora(tmp_path, monkeypat
         network._compiled_call_impl = call
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    model = folders("sd15")
-    plain = trained(small(tmp_path, run_name="plain", model=model))
-    config = small(tmp_path, run_name="a", model=model, compile=True)
+    model = sd_models.folder("one level")
+    plain = trained(small(tmp_path, run_name="plain", model=model, **SMOOTH))
+    config = small(tmp_path, run_name="a", model=model, compile=True, **SMOOTH)
     leave_in(config, epoch=2)
     folder = fit(dataclasses.replace(config, run_name="", resume_from=str(tmp_path / "a")))
     a, b = (numbers(f)[-1]["reward_mean"] for f in (folder, plain.folder))
-    assert compiled and a == pytest.approx(b, abs=2e-3)
+    assert compiled and a == pytest.approx(b, abs=1e-5)
     assert load_lora(load_pipeline(model), folder).unet.peft_config
 
 
@@ -377,13 +380,12 @@ def test_scheduled_and_averaged_runs_resume_to_the_same_numbers(tmp_path):
         setup(small(tmp_path, num_epochs=4, **schedule))
     resumed = trained(small(tmp_path, num_epochs=3, **schedule))
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    averages = zip(whole.average.shadow_params, resumed.average.shadow_params, strict=True)
-    assert all(torch.equal(a, b) for a, b in averages)
+    assert same(whole.average.shadow_params, resumed.average.shadow_params)
 
 
 def test_the_average_is_the_one_of_its_definition_and_is_what_is_saved(tmp_path):
     state = setup(small(tmp_path, run_name="a", ema_decay=0.9))
-    shadow, n = [p.detach().clone() for p in state.params], 0
+    shadow, n = copies(state.params), 0
     for _ in train(state=state):
         # it warms up: the first average is the first weights
         decay = min(0.9, (1 + n) / (10 + n)) if n else 0.0
@@ -391,10 +393,10 @@ def test_the_average_is_the_one_of_its_definition_and_is_what_is_saved(tmp_path)
         n += 1
     averages = state.average.shadow_params
     torch.testing.assert_close(shadow, averages, atol=1e-7, rtol=1e-5)
-    last = [p.detach().clone() for p in state.params]
+    last = copies(state.params)
     with averaged(state):
-        assert all(torch.equal(p, s) for p, s in zip(state.params, averages, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(last, state.params, strict=True))
+        assert same(state.params, averages)
+    assert same(last, state.params)
     assert not torch.equal(last[0], averages[0])
 
 
@@ -438,12 +440,10 @@ torch.save(out, f"{where}/rank{state.engine.rank}.pt")
 
 def shared_runs(tmp_path, world):
     "Fields of runs whose epochs of 8 pictures `world` processes share."
-    methods = dict(
-        ddpo_is=dict(train_num_inner_epochs=2),
-        alignprop=dict(reward_fn="brightness", sample_num_steps=3),
-    )
+    methods = dict(ddpo_is=dict(train_num_inner_epochs=2), alignprop=dict(sample_num_steps=3))
     sizes = dict(sample_batch_size=8 // world, train_batch_size=8 // world)
     more = dict(eval_num_images=2, eval_freq=1, per_prompt_stat_tracking_min_count=2)
+    more |= dict(model=random_model(), reward_fn="brightness")  # a smooth reward
     runs = {}
     for method, fields in methods.items():
         folder = dict(method=method, logdir=str(tmp_path / f"{method}{world}"))
@@ -467,7 +467,7 @@ def test_one_process_and_two_make_the_same_updates(tmp_path):
         a, b, c = one[name], first[name], second[name]
         assert all(torch.equal(x, y) for x, y in zip(b["params"], c["params"], strict=True))
         assert a["queries"] == b["queries"] and b["method"] == c["method"]
-        assert a["rewards"] == pytest.approx(b["rewards"], abs=2e-3)
+        assert a["rewards"] == pytest.approx(b["rewards"], abs=1e-5)
         assert a["grad_norms"][0] == pytest.approx(b["grad_norms"][0], rel=1e-4)
         assert (a["moved"] - b["moved"]).norm() < 0.02 * a["moved"].norm(), name
         # every number that is written down is that of all processes
@@ -535,6 +535,7 @@ FULL = dict(
     train_lr_schedule="linear",
     sample_num_steps=3,
     per_prompt_stat_tracking_min_count=2,
+    reward_fn="brightness",
 )
 
 
@@ -551,7 +552,6 @@ def whole_runs(tmp_path, world, **more):
     )
     accumulated = dict(
         method="alignprop",
-        reward_fn="brightness",
         sample_batch_size=8 // world,
         train_batch_size=2 // world,
         train_gradient_accumulation_steps=2,
@@ -560,7 +560,7 @@ def whole_runs(tmp_path, world, **more):
     runs = {}
     for name, fields in dict(ddpo_is=micro_batched, alignprop=accumulated).items():
         folder = dict(logdir=str(tmp_path / f"{name}{world}"), run_name="a")
-        runs[name] = SMALL | FULL | folder | fields | more
+        runs[name] = SMALL | FULL | folder | fields | dict(model=random_model()) | more
     return runs
 
 
@@ -607,14 +607,14 @@ def test_shards_make_the_updates_of_one_process_resume_and_save_all_weights(
     torch.set_num_threads(1)
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    ranks, start = launch_sharded(tmp_path, name, **more), weights("tiny")
+    ranks, start = launch_sharded(tmp_path, name, **more), weights(random_model())
     # of one process only the numbers and weights are wanted
     monkeypatch.setattr("ddpo_scratch.train.write_report", lambda *words: dict(findings=[]))
     for run, fields in whole_runs(tmp_path, 1, **more).items():
         one, two = fit(TrainConfig(**fields)), tmp_path / f"{run}2" / "a"
         for a, b in zip(numbers(one), numbers(two), strict=True):
             assert a["global_step"] == b["global_step"] == 2 * a["epoch"] and a["lr"] == b["lr"]
-            assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=2e-3)
+            assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         a, b = weights(one / "pipeline"), weights(two / "pipeline")
         assert (a - b).norm() < 0.02 * (a - start).norm(), run

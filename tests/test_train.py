@@ -4,7 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from runs import leave_in, numbers, small, trained, whole_and_resumed
+from runs import (
+    copies,
+    finished,
+    leave_in,
+    numbers,
+    random_model,
+    same,
+    small,
+    trained,
+    whole_and_resumed,
+)
 
 import ddpo_scratch.train as module
 from ddpo_scratch.run.checkpoint import find_checkpoint
@@ -67,11 +77,8 @@ def test_resumed_lora_run_goes_on_training(tmp_path):
     trained(small(tmp_path, run_name="a", num_epochs=1))
     state = setup(small(tmp_path, num_epochs=2, resume_from=str(tmp_path / "a")))
     assert state.epoch == 1
-    before = [p.clone() for p in state.params]
-    for _ in train(state=state):
-        pass
-    assert state.epoch == 2
-    assert any(not torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
+    before = copies(state.params)
+    assert finished(state).epoch == 2 and not same(before, state.params)
 
 
 def test_checkpoints_are_pruned_and_the_last_epoch_is_saved(tmp_path):
@@ -204,7 +211,8 @@ def test_ratio_is_one_in_float32_whatever_the_micro_batch(tmp_path, guidance):
 
 
 def test_first_ratios_under_bf16_stay_within_a_tenth_of_the_clip_range(tmp_path):
-    config = small(tmp_path, mixed_precision="bf16", num_epochs=1, train_batch_size=8)
+    fields = dict(model="tiny", mixed_precision="bf16", num_epochs=1, train_batch_size=8)
+    config = small(tmp_path, **fields)
     for step in train(config):
         assert step.ratio_spread <= default_clip_range((4, 16, 16)) / 10
 
@@ -226,8 +234,7 @@ def test_nan_stops_before_the_weights_change_and_keeps_the_last_checkpoint(tmp_p
 
     monkeypatch.setattr(module, "collect", poisoned)
     with pytest.raises(FloatingPointError, match="loss is nan at epoch 2, optimizer step 3"):
-        for _ in train(state=state):
-            pass
+        finished(state)
     assert find_checkpoint(tmp_path / "a").name == "epoch_0001"
     assert all(p.isfinite().all() for p in state.params)
 
@@ -286,10 +293,10 @@ def divides_by_zero(images, prompts, metadata):
 )
 def test_bad_rewards_stop_before_any_update(tmp_path, reward_fn, error, message):
     state = setup(small(tmp_path), reward_fn=reward_fn)
-    before = [p.clone() for p in state.params]
+    before = copies(state.params)
     with pytest.raises(error, match=message):
         next(train(state=state))
-    assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
+    assert same(before, state.params)
 
 
 # Rewards.
@@ -350,42 +357,43 @@ def holds(state, most, with_gradient=True):
     return lines
 
 
-def ran(state):
-    for _ in train(state=state):
-        pass
+def flattened(state):
     return torch.cat([p.detach().flatten() for p in state.params])
 
 
+# brightness is smooth: between file sizes, rounding could make the difference of a byte
 FULL = {"ddpo_is": {}, "rwr": dict(method="rwr"), "kl": dict(kl_weight=0.1)}
 
 
 @pytest.mark.parametrize("fields", FULL.values(), ids=FULL)
 def test_an_update_is_repeated_by_halves_where_the_memory_is_full(tmp_path, fields):
     "20 transitions an update, and room for 6: twice halved, with the numbers of the plain run."
-    start = torch.cat([p.detach().flatten() for p in setup(small(tmp_path, **fields)).params])
-    plain = ran(setup(small(tmp_path, run_name="plain", **fields)))
+    fields = fields | BRIGHT
+    state = setup(small(tmp_path, run_name="plain", **fields))
+    start, plain = flattened(state), flattened(finished(state))
     state = setup(small(tmp_path, run_name="halved", **fields))
     lines = holds(state, 6)
-    halved = ran(state)
+    halved = flattened(finished(state))
     assert state.config.train_micro_batch_size == 5 and len(lines) == 2
     assert "memory is full at train_micro_batch_size 20: it is 10 from here on" in lines[0]
     # rounding alone: sums of 5 transitions in place of 20
     assert (halved - plain).norm() < 1e-3 * (plain - start).norm()
     for a, b in zip(numbers(tmp_path / "plain"), numbers(tmp_path / "halved"), strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-        assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=2e-3)
+        assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=1e-5)
     saved = read_config(find_checkpoint(tmp_path / "halved"))
     assert saved.train_micro_batch_size == 5, "a resumed run goes on with it"
 
 
 def test_samples_are_drawn_by_halves_where_the_memory_is_full(tmp_path):
-    plain, state = collect(setup(small(tmp_path))), setup(small(tmp_path))
+    plain, state = (setup(small(tmp_path, **BRIGHT)) for _ in range(2))
+    plain = collect(plain)
     lines = holds(state, 3, with_gradient=False)
     pieces = collect(state)
     assert state.config.sample_micro_batch_size == 2 and len(lines) == 2
     assert pieces.prompts == plain.prompts and pieces.at_once == 2
     torch.testing.assert_close(pieces.rollout.xs, plain.rollout.xs, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(pieces.rewards, plain.rewards, atol=2e-3, rtol=0)
+    torch.testing.assert_close(pieces.rewards, plain.rewards, atol=1e-5, rtol=0)
     assert state.config.sample_batch_size == 8, "what decides an epoch stays"
 
 
@@ -407,7 +415,7 @@ def test_pictures_are_decoded_by_halves_where_the_memory_is_full(tmp_path):
 
 
 def test_a_look_is_drawn_by_halves_where_the_memory_is_full(tmp_path):
-    fields = dict(eval_num_images=8, eval_judges="")
+    fields = dict(eval_num_images=8, eval_judges="", **BRIGHT)
     plain = setup(small(tmp_path, run_name="plain", **fields))
     state = setup(small(tmp_path, run_name="halved", **fields))
     # guidance sends each picture twice through the network
@@ -415,7 +423,7 @@ def test_a_look_is_drawn_by_halves_where_the_memory_is_full(tmp_path):
     next(train(state=plain))
     next(train(state=state))
     assert state.config.sample_micro_batch_size == 2 and len(lines) == 2
-    assert state.eval_start == pytest.approx(plain.eval_start, abs=2e-3)
+    assert state.eval_start == pytest.approx(plain.eval_start, abs=1e-5)
     a, b = (torch.load(s.folder / "eval/epoch_0000.pt")["images"].int() for s in (plain, state))
     assert (a - b).abs().max() <= 1, "the same pictures but for rounding"
 
@@ -423,10 +431,10 @@ def test_a_look_is_drawn_by_halves_where_the_memory_is_full(tmp_path):
 def test_one_transition_that_does_not_fit_ends_with_what_to_turn(tmp_path):
     state = setup(small(tmp_path))
     holds(state, 0)
-    before = [p.clone() for p in state.params]
+    before = copies(state.params)
     with pytest.raises(torch.OutOfMemoryError, match="train_micro_batch_size 1 .*checkpointing"):
         next(train(state=state))
-    assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
+    assert same(before, state.params)
     state = setup(small(tmp_path, **ALIGN))
     holds(state, 0)
     with pytest.raises(torch.OutOfMemoryError, match="train_batch_size 4: try backprop_check"):
@@ -462,8 +470,7 @@ def test_auto_is_settled_once_recorded_and_gone_on_with(tmp_path, precision):
     if precision == "no":
         asked = small(tmp_path, resume_from=cut, **fields)
         assert asked.train_micro_batch_size == 0
-    resumed = setup(asked)
-    ran(resumed)
+    resumed = trained(asked)
     assert resumed.config.train_micro_batch_size == 8
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
     assert all(row["ratio_first"] <= 1e-6 for row in numbers(tmp_path / "whole"))
@@ -581,7 +588,7 @@ def test_pictures_of_before_and_after_are_drawn_at_their_own_guidance(tmp_path):
     kept = torch.load(state.folder / "eval/epoch_0000.pt", weights_only=True)
     images, prompts = kept["images"], kept["prompts"]
     assert state.denoiser.guidance_scale == 1.0
-    guided = StableDiffusion(load_pipeline("tiny"), 3.0)
+    guided = StableDiffusion(load_pipeline(random_model()), 3.0)
     expected = fixed_seed_images(guided, prompts, seed=0, n_steps=5, batch_size=8)
     assert (images.float() / 255 - expected).abs().max() < 0.6 / 255
 
@@ -654,15 +661,15 @@ def test_looking_changes_no_number_of_training(tmp_path):
 
 
 def test_the_first_look_is_at_the_base_model_even_after_training(tmp_path):
-    state = setup(small(tmp_path, eval_num_images=3))
+    state = setup(small(tmp_path, eval_num_images=3, **BRIGHT))
     with torch.no_grad():
         for p in state.params:
             p.add_(0.05)
     look(state)
-    fresh = setup(small(tmp_path, eval_num_images=3, logdir=str(tmp_path / "fresh")))
+    fresh = setup(small(tmp_path / "fresh", eval_num_images=3, **BRIGHT))
     look(fresh)
-    assert state.eval_start == pytest.approx(fresh.eval_start, abs=1e-5)
-    assert look(state)["eval_reward_mean"] != state.eval_start
+    assert state.eval_start == pytest.approx(fresh.eval_start, abs=1e-6)
+    assert abs(look(state)["eval_reward_mean"] - state.eval_start) > 1e-4
 
 
 def test_looks_of_a_run_are_pairs_after_resuming_too(tmp_path):
@@ -675,7 +682,7 @@ def test_looks_of_a_run_are_pairs_after_resuming_too(tmp_path):
     # looking no more is not another look
     assert not setup(small(tmp_path, **run | dict(eval_num_images=0))).finished
     clip_ranges = [row["clip_range"] for row in read_metrics(folder)]
-    assert clip_ranges == [default_clip_range((4, 16, 16))]
+    assert clip_ranges == [default_clip_range((4, 8, 8))]
 
 
 # What people see.
@@ -687,7 +694,7 @@ def test_a_run_leaves_its_folder_and_a_lora_that_diffusers_loads(tmp_path):
     assert {"config.yaml", "metrics.jsonl", "reward_curve.png", "before_after.png"} <= left
     assert {"pytorch_lora_weights.safetensors", "comfyui.safetensors", "checkpoints"} <= left
     assert {"report.json", "report.html", "README.md"} <= left
-    assert load_lora(load_pipeline("tiny"), folder).unet.peft_config
+    assert load_lora(load_pipeline(random_model()), folder).unet.peft_config
 
 
 def test_a_run_that_an_error_stops_says_from_where_it_can_go_on(tmp_path, capsys):
@@ -719,7 +726,8 @@ def test_gauges_are_for_those_who_ask(tmp_path, capsys):
 
 
 def test_a_look_is_on_disk_at_once_with_its_judges(tmp_path):
-    state = setup(small(tmp_path, eval_num_images=3, eval_freq=1, num_epochs=1))
+    fields = dict(eval_num_images=3, eval_freq=1, num_epochs=1, sample_num_steps=2)
+    state = setup(small(tmp_path, model="tiny", **fields))
     steps = train(state=state)
     next(steps)
     sheet = state.folder / "eval" / "epoch_0000.png"
@@ -737,6 +745,7 @@ def test_a_look_is_on_disk_at_once_with_its_judges(tmp_path):
 def test_a_judge_that_cannot_judge_these_prompts_is_left_out_and_one_asked_for_is_not(tmp_path):
     (tmp_path / "p.txt").write_text("a spaceship\n")
     fields = dict(prompt_fn=str(tmp_path / "p.txt"), eval_num_images=2, num_epochs=1)
+    fields |= dict(model="tiny", sample_num_steps=2)
     state = trained(small(tmp_path, eval_freq=1, **fields))
     assert set(state.judges) == {"tiny_clip_score"}
     again = dict(resume_from=str(state.folder)) | fields | dict(num_epochs=2)

@@ -11,8 +11,8 @@ import numpy as np
 import pins
 import processes
 import pytest
-import sd_models
 import torch
+from runs import copies, random_model, same
 
 import ddpo_scratch.trl as lib
 from ddpo_scratch.diffusion import Schedule
@@ -45,8 +45,9 @@ def close(values, expected, tolerance):
     assert (values - expected).abs().max() <= tolerance
 
 
-def pipeline(name="tiny", **options):
-    pipe = lib.DefaultDDPOStableDiffusionPipeline(name, **options)
+def pipeline(name=None, **options):
+    "Load TRL's pipeline of a model, or of the random one."
+    pipe = lib.DefaultDDPOStableDiffusionPipeline(name or random_model(), **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -72,14 +73,6 @@ def losses_of(t):
     losses = []
     made.spy(t, "calculate_loss", losses.append)
     return losses
-
-
-def copies(parameters):
-    return [parameter.detach().clone() for parameter in parameters]
-
-
-def same(some, others):
-    return all(torch.equal(p, q) for p, q in zip(some, others, strict=True))
 
 
 # ---- the same numbers as TRL 0.23.1, from the same weights and the same seed
@@ -114,7 +107,8 @@ def test_train_cfg_off_warns(tmp_path):
 def test_scheduler_step_of_trl(kind):
     from diffusers import DDIMScheduler
 
-    pipe, config = pipeline(use_lora=False), dict(load_pipeline().scheduler.config)
+    pipe = pipeline("tiny", use_lora=False)
+    config = dict(pipe.sd_pipeline.scheduler.config)
     scheduler = DDIMScheduler.from_config(config, prediction_type=kind)
     pipe.sd_pipeline.scheduler = scheduler
     pipe.denoiser.path = Schedule.from_config(scheduler)
@@ -196,7 +190,7 @@ def test_a_pipeline_may_define_some_names():
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_pictures_equal_diffusers(guidance):
-    pipe, prompts = pipeline(use_lora=False), ["a cat", "a dog"]
+    pipe, prompts = pipeline("tiny", use_lora=False), ["a cat", "a dog"]
     generator = torch.Generator().manual_seed(0)
     call = dict(
         num_inference_steps=4,
@@ -215,7 +209,7 @@ def test_pictures_equal_diffusers(guidance):
 def test_guidance_rescale_equals_diffusers():
     call = dict(num_inference_steps=3, guidance_scale=4.0, guidance_rescale=0.7, output_type="pt")
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    pipe, plain = pipeline(use_lora=False), load_pipeline()
+    pipe, plain = pipeline("tiny", use_lora=False), load_pipeline()
     ours, theirs = pipe("a cat", latents=latents, **call), plain("a cat", latents=latents, **call)
     close(ours.images.tolist(), theirs.images.tolist(), 2e-5)
     call["guidance_rescale"] = 0.0
@@ -340,7 +334,8 @@ def test_a_script_with_its_import_line_changed(name, tmp_path, monkeypatch, caps
 
     options, first, later = SCRIPTS[name]
     script = script_of(name, tmp_path)
-    model = ["--pretrained_model", str(TINY), "--hf_hub_aesthetic_model_id", f"{tmp_path}/scorer"]
+    model = ["--pretrained_model", random_model()]
+    model += ["--hf_hub_aesthetic_model_id", f"{tmp_path}/scorer"]
     words = [*model, "--mixed_precision", "no", "--sample_num_steps", "3", *options]
     (said,) = processes.run(script, "--num_epochs", "2", *words)
     before, names = saved(tmp_path)
@@ -495,7 +490,7 @@ def test_nothing_to_resume(tmp_path):
 def test_saved_pipeline_loads_everywhere(tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    t, folder = ddpo(tmp_path), str(tmp_path / "saved")
+    t, folder = ddpo(tmp_path, pipe=pipeline("tiny")), str(tmp_path / "saved")
     t.train(1)
     t.save_model(folder)
     shape, generator = t.sd_pipeline.denoiser.latent_shape, torch.Generator().manual_seed(0)
@@ -578,9 +573,9 @@ def test_alignprop_needs_a_gradient_where_it_trains(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def small_model(tmp_path_factory):
+def small_model():
     "A random Stable Diffusion 1.5 of latents (4, 8, 8) and 16 tokens."
-    return str(sd_models.build("sd15", tmp_path_factory.mktemp("sd15")))
+    return random_model()
 
 
 def one_random_number(images, prompts, metadata):
@@ -749,7 +744,7 @@ def test_a_pipeline_without_super_init(tmp_path):
         ddpo(tmp_path, pipe=Bare())
     from diffusers import PNDMScheduler
 
-    pipe = load_pipeline()
+    pipe = load_pipeline(random_model())
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
     t = ddpo(tmp_path, pipe=Bare(pipe))
     t.train(1)
@@ -760,7 +755,7 @@ def test_a_pipeline_without_super_init(tmp_path):
 def test_a_pipeline_of_diffusers_is_named(tmp_path):
     config = lib.DDPOConfig(**SMALL, logdir=str(tmp_path))
     with pytest.raises(ValueError, match=r"give a DefaultDDPOStableDiffusionPipeline\(MODEL\)"):
-        lib.DDPOTrainer(config, made.reward_fn, made.prompt_fn, load_pipeline())
+        lib.DDPOTrainer(config, made.reward_fn, made.prompt_fn, load_pipeline(random_model()))
 
 
 class Listing(lib.DefaultDDPOStableDiffusionPipeline):
@@ -776,12 +771,13 @@ class Listing(lib.DefaultDDPOStableDiffusionPipeline):
 
 def test_a_list_of_parameters_is_trained_saved_and_resumed(tmp_path):
     "It failed at the first save."
-    t = ddpo(tmp_path, pipe=Listing("tiny", use_lora=False))
+    t = ddpo(tmp_path, pipe=Listing(random_model(), use_lora=False))
     before = copies(t.sd_pipeline.unet.parameters())
     t.train(1)
     moved = [not torch.equal(p, q) for p, q in zip(before, t.sd_pipeline.unet.parameters())]
     assert sum(moved) == len(t.trainable_layers) < len(before)
-    again = ddpo(tmp_path, pipe=Listing("tiny", use_lora=False), resume_from=str(tmp_path))
+    pipe = Listing(random_model(), use_lora=False)
+    again = ddpo(tmp_path, pipe=pipe, resume_from=str(tmp_path))
     assert same(t.sd_pipeline.unet.parameters(), again.sd_pipeline.unet.parameters())
 
 
@@ -868,7 +864,7 @@ def test_alignprop_climbs(tmp_path):
     def light(images, prompts, metadata):
         return images.mean((1, 2, 3)), {}
 
-    sizes = dict(train_batch_size=8, num_epochs=6, train_learning_rate=5e-3)
+    sizes = dict(train_batch_size=8, num_epochs=3, train_learning_rate=5e-2)
     t = alignprop(tmp_path, reward=light, **sizes)
 
     def look():
@@ -878,7 +874,7 @@ def test_alignprop_climbs(tmp_path):
 
     before = look()
     t.train()
-    assert look() > before
+    assert look() > before + 0.01
 
 
 def test_nan_stops_before_the_weights_move(tmp_path):
@@ -923,13 +919,13 @@ TWO = """
 import sys, os, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
-from test_trl import alignprop, copies, ddpo, same
+from test_trl import alignprop, copies, ddpo, pipeline, same
 align = sys.argv[1] == "AlignProp"
-folder, seen = {folder!r}, []
+folder, pipe, seen = {folder!r}, pipeline({model!r}), []
 if align:
-    t = alignprop(folder, train_batch_size=2)
+    t = alignprop(folder, pipe=pipe, train_batch_size=2)
 else:
-    t = ddpo(folder, per_prompt_stat_tracking=True)
+    t = ddpo(folder, pipe=pipe, per_prompt_stat_tracking=True)
 original = t._generate_samples
 
 def spied(*args, **kwargs):
@@ -956,5 +952,6 @@ assert {{"random_states_0.pkl", "random_states_1.pkl"}} <= set(files)
 def test_two_processes_stay_one_model(kind, tmp_path):
     "Each draws pictures of its own, and gradients are averaged: TRL's processes drift apart."
     script = tmp_path / "two.py"
-    script.write_text(TWO.format(here=str(Path(__file__).parent), folder=str(tmp_path / "run")))
+    here, folder = str(Path(__file__).parent), str(tmp_path / "run")
+    script.write_text(TWO.format(here=here, folder=folder, model=random_model()))
     processes.run(script, kind, world=2, ACCELERATE_USE_CPU="true")

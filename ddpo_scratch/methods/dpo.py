@@ -110,7 +110,12 @@ def thumbs(
     group,  # samples in a row that are judged together, which divides n
 ) -> Tensor:  # (n,) float32: +1, -1, or 0 where a sample is exactly average
     "Like what is better than its group's mean, dislike what is worse."
-    rows = as_rewards(rewards, "thumbs").view(-1, group)
+    rewards = as_rewards(rewards, "thumbs")
+    if group < 1 or len(rewards) % group:
+        raise ValueError(
+            f"thumbs: {len(rewards)} rewards do not fall into groups of {group}: needs whole groups"
+        )
+    rows = rewards.view(-1, group)
     return (rows - rows.mean(1, keepdim=True)).sign().flatten().float()
 
 # %% ../../nbs/derivations/12_preference.ipynb #1128af01
@@ -281,6 +286,14 @@ class Preference(Denoising):
         return errors.chunk(len(batches)), base_errors.chunk(len(batches))
 
 # %% ../../nbs/derivations/12_preference.ipynb #976c72df
+def _would_do(n, group):
+    "Name the two sizes of a group that divide n and are nearest, as the end of a sentence."
+    sizes = sorted((k for k in range(2, n + 1) if n % k == 0), key=lambda k: abs(k - group))
+    if not sizes:
+        return f"no number does for {n}, raise that"
+    return f"{' or '.join(map(str, sorted(sizes[:2])))} would do"
+
+
 class DPO(Preference):
     "Prefer the best of each group to its worst (Diffusion-DPO, arXiv 2311.12908, online)."
 
@@ -296,7 +309,7 @@ class DPO(Preference):
             yield (
                 f"{config.method_name} compares pictures of one prompt: sample_images_per_prompt "
                 f"is {group}, but must be 2 or more and divide sample_batch_size "
-                f"({config.sample_batch_size})"
+                f"({config.sample_batch_size}): {_would_do(config.sample_batch_size, group)}"
             )
 
     @classmethod
@@ -432,6 +445,18 @@ class KTO(Preference):
     def __init__(self, config, latent_shape):
         super().__init__(config, latent_shape)
         self.anchor, self._seen = 0.0, [0.0, 0.0]
+
+    @classmethod
+    def mistakes(cls, config) -> Iterator:  # of str
+        "Yield a sentence for each mistake in the fields that groups read."
+        yield from super().mistakes(config)
+        group, samples = config.sample_images_per_prompt, config.samples_per_epoch
+        if samples % group:
+            yield (
+                f"{config.method_name} judges pictures by the mean of their group: "
+                f"sample_images_per_prompt is {group}, but must divide the samples of an epoch "
+                f"({samples}): {_would_do(samples, group)}"
+            )
 
     def weights(self, rewards, prompts) -> Tensor:  # (n,) float32: +1, -1 or 0
         "Label the samples by the mean of their group, or of the epoch where groups are of one."
