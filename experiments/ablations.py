@@ -14,18 +14,9 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from comparison import (
-    LOOKS,
-    SEEDS,
-    Job,
-    Ruler,
-    add_line,
-    config_of,
-    follow,
-    read_log,
-    save_sheet,
-)
+from comparison import LOOKS, SEEDS, Job, Ruler, add_line, config_of, follow, read_log
 
+from ddpo_scratch.evaluate import save_sheet
 from ddpo_scratch.methods.ppo import DDPOIS, ppo_loss
 
 HERE = Path(__file__).with_suffix("")

@@ -24,10 +24,9 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from ddpo_scratch.config import preset
-from ddpo_scratch.evaluate import fixed_seed_images
+from ddpo_scratch.evaluate import fixed_seed_images, save_sheet
 from ddpo_scratch.models.base import load
 from ddpo_scratch.prompts import COMMON_ANIMALS, article
 from ddpo_scratch.rewards.base import Reward, compute_rewards, get_reward
@@ -253,14 +252,6 @@ class Ruler:
         denoiser.guidance_scale = before
         # step_kl is a mean over dimensions
         return (total.mean() * rollout.x0[0].numel()).item()
-
-
-def save_sheet(images, path, columns=9):
-    "Save pictures, so many a row."
-    rows = [torch.cat(list(row), 2) for row in images.split(columns)]
-    pixels = torch.cat(rows, 1).permute(1, 2, 0).mul(255).round().byte()
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(pixels.numpy()).save(path, quality=80)
 
 
 def follow(config, ruler, when, **parts):

@@ -25,11 +25,11 @@ import time
 from pathlib import Path
 
 import torch
-from comparison import Shuffled, add_line, read_log, save_sheet
+from comparison import Shuffled, add_line, read_log
 from PIL import Image
 
 from ddpo_scratch.config import preset
-from ddpo_scratch.evaluate import fixed_seed_images
+from ddpo_scratch.evaluate import fixed_seed_images, save_sheet
 from ddpo_scratch.methods.dpo import encode_pictures
 from ddpo_scratch.models.base import load
 from ddpo_scratch.models.tiny import CONCEPTS, KINDS, caption, compose, draw_scenes, load_sprites

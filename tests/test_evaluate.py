@@ -247,3 +247,21 @@ def test_the_axis_of_queries_has_whole_numbers(n):
     low, high = ax.get_xlim()
     ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
     assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
+def test_a_sheet_is_cut_into_the_pictures_it_holds(ending, tmp_path):
+    images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = images.repeat_interleave(16, 2).repeat_interleave(16, 3)  # what JPEG keeps
+    file = tmp_path / "new" / f"sheet.{ending}"
+    E.save_sheet(images, file, columns=3, quality=100)
+    again = E.read_sheet(file)
+    assert again.shape == images.shape and again.dtype == torch.float32
+    error = (again - images).abs()
+    assert error.max() <= 0.51 / 255 if ending == "png" else error.mean() < 0.1
+    nearest = torch.cdist(again.flatten(1), images.flatten(1)).argmin(1)
+    assert nearest.tolist() == list(range(6)), "row by row"
+    with pytest.raises(ValueError, match="6 pictures in rows of 4"):
+        E.save_sheet(images, file, columns=4)
+    with pytest.raises(ValueError, match="192 x 128 pixels: pictures of 48 x 48 do not fill it"):
+        E.read_sheet(file, size=48)
