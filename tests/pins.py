@@ -8,8 +8,7 @@ Step, and a hash of the trained weights. Bits depend on the processor and on the
 libraries; `arithmetic` is a hash of what diffusers alone computes with the embedded model, and says
 whether bits can be compared at all.
 
-The gauges of `two_processes` were recorded anew when they became those of both processes, where
-each had written down its own; weights, rewards and gradient norms stayed as they were.
+Two processes have no pins of their own: they are held against those of one.
 """
 
 import argparse
@@ -209,6 +208,7 @@ def share(folder):
 
 
 def two_processes(folder):
+    "Run what `share` says; list for each process the name of each run and its numbers."
     import processes
 
     script = Path(folder) / "share.py"
@@ -276,7 +276,7 @@ PINS = (
     {f"run/{name}": (run, name) for name in RUNS}
     | {f"resumed/{name}": (resumed, name) for name in RESUMED}
     | {f"trl/{name}": (trl, name) for name in TRL}
-    | {"two_processes": (two_processes,), "pictures": (pictures,)}
+    | {"pictures": (pictures,)}
 )
 
 

@@ -91,6 +91,7 @@ class Method:
     differentiable = False  # must the reward have a gradient?
     keeps_policy = False  # does it keep a `PolicyCopy`?
     asks_base = False  # does its loss compare with the base model, also without a KL penalty?
+    pairs_up = False  # does an update compare samples of a group, so that one process needs both?
     named = {}  # name -> class, of all methods
     anchored_at = None  # PolicyCopy that penalties compare with; None: the base model
 

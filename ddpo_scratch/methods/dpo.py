@@ -299,6 +299,7 @@ class DPO(Preference):
 
     name = "dpo"
     rows = 2
+    pairs_up = True
 
     @classmethod
     def mistakes(cls, config) -> Iterator:  # of str

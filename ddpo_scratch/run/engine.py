@@ -68,7 +68,7 @@ class Engine:
     # ---- numbers of all processes
 
     def sample_numbers(self, j, n) -> list:  # of n ints
-        "Number this process's samples of batch j, n a process, within the whole epoch."
+        "Number this process's samples of batch j, n a process, where batches are dealt in turn."
         first = (j * self.world + self.rank) * n
         return list(range(first, first + n))
 
@@ -76,11 +76,10 @@ class Engine:
         "Collect a tensor of every process, on each of them."
         return self.accelerator.gather(tensor.to(self.device))
 
-    def in_order(self, batches) -> Tensor:  # (n * batches * processes,) on the CPU
-        "Gather numbers (batches, n) of each process, in the order of their sample numbers."
-        n_batches, n = batches.shape
-        gathered = self.gather(batches).view(self.world, n_batches, n)
-        return gathered.transpose(0, 1).reshape(-1).cpu()
+    def in_order(self, rows, numbers) -> Tensor:  # (n * processes, ...) on the CPU
+        "Gather a row of each of n samples of every process, in the order of the samples' numbers."
+        gathered, found = (self.gather(x).cpu() for x in (rows, torch.as_tensor(numbers)))
+        return gathered[found.argsort()]
 
     def gather_objects(self, items) -> list:  # of all processes, in their order
         "Collect the items of a list of every process, on each of them."
