@@ -21,7 +21,7 @@ from runs import SMALL, copies, leave_in, numbers, random_model, same, small, tr
 
 from ddpo_scratch.run.checkpoint import find_checkpoint, save_checkpoint
 from ddpo_scratch.config import TrainConfig
-from ddpo_scratch.run.engine import FSDPEngine, ZeRO2Engine, check_engine
+from ddpo_scratch.run.engine import Engine, FSDPEngine, ZeRO2Engine, check_engine
 from ddpo_scratch.run.look import averaged
 from ddpo_scratch.models.sd import denoiser_for, load_lora, load_pipeline
 from ddpo_scratch.rollout import replay_log_prob
@@ -351,6 +351,21 @@ def test_steps_that_float16_cannot_take_are_counted(tmp_path, monkeypatch):
     message = "20 steps in a row .* cannot hold, the last at epoch 10, optimizer step 20"
     with pytest.raises(FloatingPointError, match=message):
         list(train(small(tmp_path, run_name="b", num_epochs=30)))
+
+
+def test_the_scale_of_float16s_gradients_is_resumed(tmp_path, monkeypatch):
+    "Without it a resumed run would begin at 65,536 again, and skip the steps that brought it down."
+    whole, initial = Engine.__init__, 128.0
+
+    def with_scaler(self, accelerator):
+        whole(self, accelerator)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=initial)
+
+    monkeypatch.setattr(Engine, "__init__", with_scaler)
+    leave_in(small(tmp_path, run_name="cut"), epoch=2)
+    initial = 65536.0
+    resumed = setup(small(tmp_path, resume_from=str(tmp_path / "cut")))
+    assert resumed.engine.scaler.get_scale() == 128.0
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
