@@ -200,7 +200,7 @@ def save_look(
     with replacing(path) as part:
         fig.savefig(part, format="png")
 
-# %% ../nbs/library/36_evaluate.ipynb #x1654
+# %% ../nbs/library/36_evaluate.ipynb #65f55baa
 def save_sheet(
     images,  # (n, 3, h, w) in [0, 1], whole rows of them
     path,  # of the file, whose ending chooses the format; its folder is made if missing

@@ -40,7 +40,7 @@ OBJECTS = """
     apple banana pizza cake cup ball car boat rocket house tree flower umbrella clock guitar book
 """.split()
 
-# %% ../nbs/library/25_prompts.ipynb #15ee10f5
+# %% ../nbs/library/25_prompts.ipynb #8638d950
 _LETTER_DECIDES = frozenset(COMMON_ANIMALS + OTHER_ANIMALS + OBJECTS)
 
 

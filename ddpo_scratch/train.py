@@ -94,7 +94,7 @@ def _mean_extras(
     shared = [name for name in parts[0] if all(name in part for part in parts)]
     return {name: sum(part[name] for part in parts) / len(parts) for name in shared}
 
-# %% ../nbs/library/40_train.ipynb #dfddb411
+# %% ../nbs/library/40_train.ipynb #a23e5b2a
 def _in_order(engine, batches, numbers):
     "Gather a number of each sample, or a row of them, in the order of the sample numbers."
     return engine.in_order(torch.cat([batch.to(engine.device) for batch in batches]), numbers)
@@ -170,7 +170,7 @@ def _look(state):
     n = state.config.sample_batch_size
     return _where_it_fits(state, "sample_micro_batch_size", n, lambda: look(state), exchanges=True)
 
-# %% ../nbs/library/40_train.ipynb #y1393
+# %% ../nbs/library/40_train.ipynb #1d44d4cd
 def _order(state, inner_epoch, n, rank):
     "Draw an order of n samples, and the denoising steps of each."
     generator = state.generator(state.epoch, inner_epoch, "minibatches", rank)
@@ -199,7 +199,7 @@ def own_numbers(
     order, _ = _order(state, 0, n * engine.world, 0)
     return order.view(-1, engine.world, b)[:, engine.rank].flatten().sort().values.tolist()
 
-# %% ../nbs/library/40_train.ipynb #b6a93432
+# %% ../nbs/library/40_train.ipynb #e9fa6bc1
 def _waiting(config, rollout):
     "Move trajectories to where they wait for training."
     if config.rollout_device != "auto":
@@ -287,7 +287,7 @@ def collect(
         kl_share=None if shaped.kl_share is None else shaped.kl_share[numbers],
     )
 
-# %% ../nbs/library/40_train.ipynb #f0133004
+# %% ../nbs/library/40_train.ipynb #6b4d7c2a
 def minibatches(
     state,  # TrainState
     inner_epoch,  # which pass over the samples

@@ -83,7 +83,7 @@ class Batch:
             return penalties.mean()
         return (penalties * self.kl_share.to(penalties)).mean()
 
-# %% ../../nbs/library/20_methods.ipynb #c5a5f5a3
+# %% ../../nbs/library/20_methods.ipynb #b6efe880
 class Method:
     "Turn scored samples into gradients; subclass it in a room of its own."
 

@@ -104,7 +104,7 @@ def best_and_worst(
     tied = rows.amax(1) == rows.amin(1)
     return offsets.masked_fill(tied[:, None, None], 0).reshape(-1, 2)
 
-# %% ../../nbs/derivations/12_preference.ipynb #eda7e01a
+# %% ../../nbs/derivations/12_preference.ipynb #a04c9762
 def thumbs(
     rewards,  # (n,) of the samples in their order
     group,  # samples in a row that are judged together, which divides n
@@ -285,7 +285,7 @@ class Preference(Denoising):
             base_errors = denoiser.denoising_loss(x0, eps.to(x0), t, c)
         return errors.chunk(len(batches)), base_errors.chunk(len(batches))
 
-# %% ../../nbs/derivations/12_preference.ipynb #976c72df
+# %% ../../nbs/derivations/12_preference.ipynb #f85f7ab8
 def _would_do(n, group):
     "Name the two sizes of a group that divide n and are nearest, as the end of a sentence."
     sizes = sorted((k for k in range(2, n + 1) if n % k == 0), key=lambda k: abs(k - group))
@@ -437,7 +437,7 @@ class OfflineDPO(DPO):
         "Say how the run's reward judges the pairs."
         return dict(advantage_spread=1.0, agreement=self._agreement)
 
-# %% ../../nbs/derivations/12_preference.ipynb #dab33499
+# %% ../../nbs/derivations/12_preference.ipynb #de2433c0
 class KTO(Preference):
     "Like or dislike each picture by itself (Diffusion-KTO, arXiv 2404.04465)."
 

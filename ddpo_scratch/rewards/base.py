@@ -572,7 +572,7 @@ def _serve(connection, pickled, threads):
             answer = pickle.dumps((False, _portable(e)))
         connection.send_bytes(answer)
 
-# %% ../../nbs/library/26_rewards.ipynb #b6648385
+# %% ../../nbs/library/26_rewards.ipynb #197c0b7e
 class _Process:
     "Score in a process of its own, which begins with the first batch."
 

@@ -17,7 +17,7 @@ from ..models.tiny import CONCEPTS, OBJECTS, load_classifier
 from .base import Reward, reward
 from .frozen import Frozen
 
-# %% ../../nbs/making/62_tiny_animal.ipynb #216a70db
+# %% ../../nbs/making/62_tiny_animal.ipynb #7c3d5c09
 _PLURALS = """
     cats dogs horses monkeys rabbits zebras spiders birds sheep deer cows goats lions tigers bears
     raccoons foxes wolves lizards beetles ants butterflies fish sharks whales dolphins squirrels

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# %% ../../nbs/library/31_engine.ipynb #939b37b7
+# %% ../../nbs/library/31_engine.ipynb #c15fd194
 class Engine:
     "Train in one process, or in many that hold whole copies of the network (DDP)."
 
