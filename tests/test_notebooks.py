@@ -266,6 +266,9 @@ def test_a_forked_kernel_is_as_a_new_one(kernel, tmp_path):
     assert result(client, "'this' in sys.modules, 'torch' in sys.modules") == "(True, False)"
     assert result(client, "subprocess.run(['true']).returncode") == "0"
     assert result(client, "__name__, 'kernels' in sys.modules") == "('__main__', False)"
+    forked = "p = multiprocessing.get_context('fork').Process(target=print)"
+    result(client, f"import multiprocessing; {forked}; p.start(); p.join(20)")
+    assert result(client, "p.exitcode") == "0", "a DataLoader's workers are such forks"
     pid = int(result(client, "os.getpid()"))
     threading.Timer(1, manager.interrupt_kernel).start()
     assert result(client, "import time; time.sleep(60)") == "KeyboardInterrupt"

@@ -87,7 +87,9 @@ def serve(address, *preload):
 
 
 def _end_with_stdin():
-    sys.stdin.buffer.read()
+    # not sys.stdin.read(): forks would inherit its lock as it is then, held for ever
+    while os.read(0, 1):
+        pass
     os._exit(0)  # ipykernel watches its parent: the kernels end too
 
 
@@ -98,6 +100,7 @@ def _be_a_kernel(connection):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     arguments, folder, environment = connection.recv()
     connection.send(os.getpid())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for fd in (1, 2):
         os.dup2(recv_handle(connection), fd)
     os.setsid()
