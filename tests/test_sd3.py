@@ -421,7 +421,8 @@ def test_one_process_and_two_make_the_same_updates(tmp_path):
     for world in (1, 2):
         place = tmp_path / str(world)
         place.mkdir()
-        shares = dict(sample_batch_size=8 // world, train_batch_size=8 // world)
+        # two updates an epoch
+        shares = dict(sample_batch_size=8 // world, train_batch_size=4 // world)
         fields = SMALL | RUN | shares | dict(model=folder("sd35_medium"), kl_weight=0.04)
         # a smooth reward: of file sizes a byte more or less is a fifth of a group's spread
         fields |= dict(reward_fn="brightness")
@@ -429,9 +430,9 @@ def test_one_process_and_two_make_the_same_updates(tmp_path):
             # the last step's noise is 0.006: divided by its square, rounding is a KL gradient
             "flow_grpo": fields | dict(method="flow_grpo(drop_last=True)", logdir=str(place)),
             "ddpo_is": fields | dict(method="ddpo_is", logdir=str(place), kl_weight=0.0),
-            # an update of all samples shares its noise, too
             "nft": fields | dict(method="nft", logdir=str(place)),
             "awm": fields | dict(method="awm", logdir=str(place)),
+            "draft_lv": fields | dict(method="draft_lv", logdir=str(place), kl_weight=0.0),
         }
         cpu = dict(ACCELERATE_USE_CPU="true")
         processes.run(tmp_path / "script.py", place, json.dumps(runs), world=world, **cpu)
