@@ -4,14 +4,16 @@
     python experiments/kill_nine.py 200    # as many as you like
     python experiments/kill_nine.py 50 7   # other moments: another seed
 
-A small run (4 epochs of 4 pictures at 4 steps, looks, checkpoints every second epoch of which two
-are kept) is trained once without a kill. Then runs are started and killed, mostly with SIGKILL, or
-with SIGTERM, SIGINT, SIGHUP or two of them in a row, after a random time or a random moment after
-they have come to a place: saving, deleting, resuming, setting a branch aside, looking, saving the
-LoRA, reporting. Each is resumed, and killed again, until it ends; a quarter of the resumed runs go
-back to an earlier checkpoint first. At the end weights, optimizer, state, rows (without seconds)
-and LoRA must be those of the run that nobody killed. It prints as it goes; the log of the last
-start is kill_nine.txt. About 10 s a kill on one core.
+A small run (a random Stable Diffusion 1.5 of a few thousand weights, 6 epochs of 4 pictures at 4
+steps, looks, checkpoints every second epoch of which two are kept) is trained once without a kill;
+then once more, cut and resumed from an earlier checkpoint, to see how often each of PLACES is come
+to and how long it takes. Then runs are started and killed, mostly with SIGKILL, or with SIGTERM,
+SIGINT, SIGHUP or two of them in a row, at a random moment of one of these calls: sampling,
+training, looking, saving, deleting, resuming, setting a branch aside, saving the LoRA, reporting.
+Each is resumed, and killed again, until it ends; a quarter of the resumed runs go back to an
+earlier checkpoint first. At the end weights, optimizer, state, rows (without seconds) and LoRA must
+be those of the run that nobody killed. It prints as it goes; the log of the last start is
+kill_nine.txt, which ends with how many kills hit each place. About 3 s a kill on one core.
 """
 
 import contextlib
@@ -24,19 +26,23 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from ddpo_scratch.run.checkpoint import checkpoints, find_checkpoint, reported_epochs
 from ddpo_scratch.config import TrainConfig, read_config
+from ddpo_scratch.run.checkpoint import checkpoints, find_checkpoint, reported_epochs
 from ddpo_scratch.run.runfolder import is_free
 from ddpo_scratch.run.runlog import read_metrics
 from ddpo_scratch.train import fit
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from sd_models import folder  # noqa: E402
+
 LOG = Path(__file__).with_suffix(".txt")
-EPOCHS = 4
+EPOCHS = 6
 FIELDS = dict(
     num_epochs=EPOCHS,
     sample_num_steps=4,
@@ -48,27 +54,16 @@ FIELDS = dict(
     stop_gain=0.0,
     save_freq=2,
     eval_judges="",
+    model=folder("sd15"),
+    reward_fn="brightness",
     num_checkpoint_limit=2,
     lora_rank=2,
     lora_alpha=2,
 )
-# function -> seconds that it takes at most: the kill comes at a random moment of these
-PLACES = {
-    "setup": 2.0,
-    "load_checkpoint": 0.3,
-    "_set_branch_aside": 0.02,
-    "_forget_after": 0.02,
-    "collect": 1.0,
-    "update": 0.3,
-    "look": 1.0,
-    "row": 0.01,
-    "snapshot": 0.05,
-    "write_checkpoint": 0.1,
-    "_remove": 0.01,
-    "_report": 4.0,
-    "save": 0.3,
-    "write_report": 3.0,
-}
+# functions of the package: a kill comes at a random moment of one of their calls
+FIRST = ("setup", "collect", "update", "look", "row", "snapshot", "write_checkpoint", "_remove")
+FIRST += ("_report", "save", "write_report")
+RESUMING = ("load_checkpoint", "_set_branch_aside", "_forget_after")
 # every second kill is one that no program hears of
 SIGNALS = [("KILL",)] * 6 + [("TERM",), ("INT",), ("HUP",), ("TERM", "TERM"), ("INT", "TERM")]
 
@@ -78,9 +73,22 @@ def config_of(folder, **fields):
     return TrainConfig(logdir=str(folder.parent), run_name=folder.name, **FIELDS | fields)
 
 
-def killed_at(place, delay, signals):
-    "Have this process kill itself a moment after it comes to a function for the first time."
+def watched(tell):
+    "Call tell(name, is_over) when a function of PLACES begins and when it ends."
+
+    def watch(frame, event, _):
+        code = frame.f_code
+        if event in ("call", "return") and code.co_name in FIRST + RESUMING:
+            if "ddpo_scratch" in code.co_filename:
+                tell(code.co_name, event == "return")
+
+    sys.setprofile(watch)
+
+
+def killed_at(place, which, delay, signals):
+    "Have this process kill itself some seconds after a function was called for the which-th time."
     numbers = [getattr(signal, f"SIG{name}") for name in signals]
+    calls = 0
 
     def strike():
         time.sleep(delay)
@@ -88,20 +96,33 @@ def killed_at(place, delay, signals):
             os.kill(os.getpid(), number)
             time.sleep(0.02)
 
-    if not place:
-        threading.Thread(target=strike, daemon=True).start()
-        return
+    def tell(name, is_over):
+        nonlocal calls
+        calls += name == place and not is_over
+        if calls == which:
+            sys.setprofile(None)
+            threading.Thread(target=strike, daemon=True).start()
 
-    def watch(frame, event, _):
-        if event == "call" and frame.f_code.co_name == place:
-            if "ddpo_scratch" in frame.f_code.co_filename:
-                sys.setprofile(None)
-                threading.Thread(target=strike, daemon=True).start()
-
-    sys.setprofile(watch)
+    watched(tell)
 
 
-def child(config, output, kill=None):
+def measured(file):
+    "Have this process write down how often each of PLACES was called, and its longest seconds."
+    begun, found = {}, {}
+
+    def tell(name, is_over):
+        if not is_over:
+            begun[name] = time.perf_counter()
+            return
+        calls, longest = found.get(name, (0, 0.0))
+        seconds = time.perf_counter() - begun[name]
+        found[name] = calls + 1, max(longest, seconds)
+        file.write_text(json.dumps(found))
+
+    watched(tell)
+
+
+def child(config, output, prepare=None, *words):
     "Train in a process of its own, which a kill may end; return how it ended."
     pid = os.fork()
     if not pid:
@@ -112,8 +133,8 @@ def child(config, output, kill=None):
         code = 1
         try:
             torch.set_num_threads(1)
-            if kill:
-                killed_at(*kill)
+            if prepare:
+                prepare(*words)
             fit(config)
             code = 0
         except KeyboardInterrupt:
@@ -132,6 +153,17 @@ def numbers(folder):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
+def optimizer_of(checkpoint):
+    "Read every number of a checkpoint's optimizer, as text and bytes."
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    moments = {
+        (i, name): value.numpy().tobytes() if torch.is_tensor(value) else value
+        for i, values in saved["state"].items()
+        for name, value in values.items()
+    }
+    return moments, str(saved["param_groups"])
+
+
 def ended_with(folder):
     "Read everything that must be the same: weights, optimizer, state, rows, looks, LoRA, report."
     epoch, newest = checkpoints(folder)[-1]
@@ -142,6 +174,7 @@ def ended_with(folder):
     return dict(
         epoch=epoch,
         weights=(newest / "trained.safetensors").read_bytes(),
+        optimizer=optimizer_of(newest),
         state=state,
         rows=numbers(folder),
         lora={name: tensor.numpy().tobytes() for name, tensor in lora.items()},
@@ -164,32 +197,53 @@ def start_again(folder, moments):
     return read_config(where, resume_from=str(where)), f"from {where.name}"
 
 
-def a_run(folder, moments, budget, say):
-    "Start a run, kill it and resume it until it ends; return how many kills hit it."
-    config, how, hits, output = config_of(folder), "anew", 0, folder.with_suffix(".log")
+def a_kill(calls, how, moments):
+    "Draw where, when and how a start is killed."
+    places = [place for place in (FIRST if how == "anew" else FIRST + RESUMING) if place in calls]
+    place = moments.choice(places)
+    times, longest = calls[place]
+    which = 1 if place in RESUMING else moments.randint(1, times)
+    return place, which, moments.uniform(0, longest), moments.choice(SIGNALS)
+
+
+def a_run(folder, moments, budget, calls, say):
+    "Start a run, kill it and resume it until it ends; list the places where kills hit it."
+    config, how, hits, output = config_of(folder), "anew", [], folder.with_suffix(".log")
     while config is not None:
-        kill = None
-        if hits < budget and moments.random() < 0.95:
-            place = moments.choice(["", *PLACES])
-            longest = PLACES.get(place, 8.0)
-            kill = place, moments.uniform(0, longest), moments.choice(SIGNALS)
-        code = child(config, output, kill)
+        kill = a_kill(calls, how, moments) if len(hits) < budget else None
+        # one start in ten is left in peace, so that runs end
+        kill = kill if moments.random() < 0.9 else None
+        code = child(config, output, killed_at, *kill) if kill else child(config, output)
         if code == 1:
             print(output.read_text())
             raise SystemExit(f"{folder.name} failed by itself, {how}, {kill}")
         if code:
-            hits += 1
-            where = f"{kill[1]:.2f} s after {kill[0] or 'its start'}"
-            say(f"  {how}: {'+'.join(kill[2])} {where}, exit code {code}")
+            place, which, delay, signals = kill
+            hits.append(place)
+            where = f"{delay:.3f} s into call {which} of {place}"
+            say(f"  {how}: {'+'.join(signals)} {where}, exit code {code}")
         config, how = start_again(folder, moments)
         if code == 0 and config is not None:
             raise SystemExit(f"{folder.name} ended, but its report is of another epoch")
     return hits
 
 
+def measure(root):
+    "Run twice, the second time from an earlier checkpoint; say how often and long places are."
+    config = config_of(root / "measured")
+    assert child(config, root / "measured.log", measured, root / "calls.json") == 0
+    earlier = find_checkpoint(checkpoints(root / "measured")[0][1])
+    again = read_config(earlier, resume_from=str(earlier))
+    assert child(again, root / "measured.log", measured, root / "resumed.json") == 0
+    calls, resumed = (
+        json.loads((root / f"{name}.json").read_text()) for name in ("calls", "resumed")
+    )
+    return calls | {place: resumed[place] for place in RESUMING if place in resumed}
+
+
 def main(kills=50, seed=0):
     "Kill runs until so many kills have hit."
-    moments, done, runs = random.Random(seed), 0, 0
+    moments, done, runs = random.Random(seed), [], 0
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         log = stack.enter_context(open(LOG, "w"))
@@ -203,18 +257,22 @@ def main(kills=50, seed=0):
         assert child(config_of(whole), root / "whole.log") == 0, (root / "whole.log").read_text()
         expected = ended_with(whole)
         say(f"uninterrupted: {EPOCHS} epochs in {time.monotonic() - start:.0f} s")
-        while done < kills:
+        calls = measure(root)
+        assert calls.keys() == {*FIRST, *RESUMING}, {*FIRST, *RESUMING} - calls.keys()
+        while len(done) < kills:
             runs += 1
             folder = root / f"run-{runs}"
-            hits = a_run(folder, moments, kills - done, say)
+            hits = a_run(folder, moments, kills - len(done), calls, say)
             done += hits
             found = ended_with(folder)
             wrong = [name for name in expected if found[name] != expected[name]]
             if wrong:
                 raise SystemExit(f"run {runs} differs in {', '.join(wrong)}: {folder}")
-            say(f"run {runs}: {hits} kills, the same bytes; {done} of {kills}")
+            say(f"run {runs}: {len(hits)} kills, the same bytes; {len(done)} of {kills}")
         minutes = (time.monotonic() - start) / 60
-        say(f"{done} kills of {runs} runs in {minutes:.0f} min: all ended with the same bytes")
+        say(f"{len(done)} kills of {runs} runs in {minutes:.0f} min: all ended with the same bytes")
+        hit = Counter(done)
+        say("where: " + ", ".join(f"{place} {hit[place]}" for place in (*FIRST, *RESUMING)))
 
 
 if __name__ == "__main__":

@@ -193,6 +193,21 @@ def test_check_sees(project, file, old, new, message):
     assert done.returncode == 1 and message in done.stdout, done.stdout + done.stderr
 
 
+def test_a_figure_that_was_not_drawn_is_seen(project):
+    "Jupyter draws a Figure only once pyplot is in use; before, readers would see its repr."
+    notebook = project / "nbs/book/03_c.ipynb"
+    code = "from matplotlib.figure import Figure\nfig = Figure()\nfig.subplots()\nfig"
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbformat.write(made, notebook)
+    assert tool(project, "run", str(notebook)).returncode == 0
+    done = tool(project, "check", str(notebook))
+    assert done.returncode == 1 and "as text: needs %matplotlib inline" in done.stdout
+    made.cells[0].source = f"%matplotlib inline\n{code}"
+    nbformat.write(made, notebook)
+    assert tool(project, "run", str(notebook)).returncode == 0
+    assert tool(project, "check", str(notebook)).returncode == 0
+
+
 def test_comments_in_a_module_make_nothing_stale(project):
     edit(project / "ddpo_scratch/rooms/a.py", "def two()", "# a remark\ndef two()")
     assert tool(project, "check").returncode == 0

@@ -187,6 +187,12 @@ def scrub(nb):
     return nb
 
 
+def figure_as_text(output):
+    "Say whether an output is a figure that Jupyter did not draw: pyplot had not been used yet."
+    data = output.get("data", {})
+    return data.get("text/plain", "").startswith("<Figure ") and len(data) == 1
+
+
 def faults(path):
     "Say what is wrong with a stored notebook; nothing if `run` would change nothing."
     try:
@@ -201,6 +207,8 @@ def faults(path):
         messages.append("not clean (execution counts, volatile metadata or foreign ids)")
     if any(o.output_type == "error" for cell in code_cells(nb) for o in cell.outputs):
         messages.append("stores an error output")
+    if unseen := [cell.id for cell in code_cells(nb) if any(map(figure_as_text, cell.outputs))]:
+        messages.append(f"shows the figure of cell {unseen[0]} as text: needs %matplotlib inline")
     return messages + (stale.reasons(clean, LIB, COMMANDS) if code_cells(nb) else [])
 
 
