@@ -265,3 +265,14 @@ def test_a_sheet_is_cut_into_the_pictures_it_holds(ending, tmp_path):
         E.save_sheet(images, file, columns=4)
     with pytest.raises(ValueError, match="192 x 128 pixels: pictures of 48 x 48 do not fill it"):
         E.read_sheet(file, size=48)
+
+
+def test_figures_show_themselves_before_pyplot_is_used():
+    "Jupyter draws a plain Figure only once pyplot has been; before, a reader sees its repr."
+    from IPython.core.formatters import DisplayFormatter
+
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = [dict(reward_queries=i, reward_mean=-2.0 + i, reward_std=0.4) for i in range(3)]
+    for fig in (E.plot_grid(images), E.before_after(images, images), E.reward_curve(rows)):
+        data, _ = DisplayFormatter().format(fig)
+        assert data["image/png"].startswith(b"\x89PNG")

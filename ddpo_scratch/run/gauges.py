@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..evaluate import figure
+
 # importing matplotlib takes half a second: the function that draws does it itself
 
 # %% ../../nbs/library/41_gauges.ipynb #2d1433f4
@@ -150,12 +152,11 @@ def gauge_curves(
     shown,  # list of Panels
 ) -> object:  # matplotlib Figure, of 720 pixels' width or more
     "Draw panels side by side, with as few empty places as can be."
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     n_cols = min(range(3, 5), key=lambda n: (-len(shown) % n, -n))
     n_rows = max(1, -(-len(shown) // n_cols))
-    fig = Figure(figsize=(3.1 * n_cols, 2.4 * n_rows), layout="constrained", dpi=90)
+    fig = figure(3.1 * n_cols, 2.4 * n_rows)
     axs = fig.subplots(n_rows, n_cols, squeeze=False).flatten()
     for ax in axs[len(shown) :]:
         ax.remove()
