@@ -6,7 +6,7 @@
 __all__ = ['spread_prompts', 'fixed_seed_images', 'amount', 'figure', 'plot_grid', 'before_after', 'replacing', 'save_look',
            'save_sheet', 'read_sheet', 'summarize', 'reward_curve']
 
-# %% ../nbs/library/36_evaluate.ipynb #113f7efe
+# %% ../nbs/library/36_evaluate.ipynb #19f16084
 import contextlib
 import functools
 import io
@@ -79,7 +79,7 @@ def amount(
         text = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
     return f"{text} {unit}".strip()
 
-# %% ../nbs/library/36_evaluate.ipynb #z597
+# %% ../nbs/library/36_evaluate.ipynb #3618ff53
 @functools.cache
 def _drawn():
     "Make the class of figures that Jupyter shows, whether pyplot is in use or not."
@@ -117,7 +117,7 @@ def _lines(texts):
     "Count the lines of the longest text; 0 without texts."
     return max((text.count("\n") + 1 for text in texts), default=0)
 
-# %% ../nbs/library/36_evaluate.ipynb #a13cb05a
+# %% ../nbs/library/36_evaluate.ipynb #c7aac159
 def plot_grid(
     images,  # (n, 3, h, w) in [0, 1]
     titles=None,  # n strings, wrapped at the width of a picture
@@ -281,7 +281,7 @@ def summarize(
         summary["accuracy"] = right / len(names)
     return summary
 
-# %% ../nbs/library/36_evaluate.ipynb #49f92f55
+# %% ../nbs/library/36_evaluate.ipynb #1e76e776
 def reward_curve(
     rows,  # dicts with reward_queries, reward_mean and reward_std, as `read_metrics` returns them
     label="reward",  # of the vertical axis

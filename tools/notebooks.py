@@ -163,9 +163,9 @@ def _smaller(encoded, kind):
 
 
 def _scrub_picture(data):
-    "Store a picture once, in few bytes."
-    if "image/png" in data:
-        data.pop("image/jpeg", None)
+    "Store a picture once, in few bytes: as JPEG where the notebook asks for it."
+    if "image/jpeg" in data:
+        data.pop("image/png", None)
     for kind in {"image/png", "image/jpeg"} & data.keys():
         if len(data[kind]) > LARGE:
             data[kind] = _smaller(data[kind], kind)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Panel', 'panels', 'gauge_curves', 'first_findings', 'compare', 'fallen', 'diagnose']
 
-# %% ../../nbs/library/41_gauges.ipynb #3d1d245a
+# %% ../../nbs/library/41_gauges.ipynb #bf398ce9
 import math
 from dataclasses import dataclass
 
@@ -147,7 +147,7 @@ def _draw(ax, panel):
     ax.tick_params(labelsize=9)
     ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../../nbs/library/41_gauges.ipynb #8bc6ca6b
+# %% ../../nbs/library/41_gauges.ipynb #c0c21eb1
 def gauge_curves(
     shown,  # list of Panels
 ) -> object:  # matplotlib Figure, of 720 pixels' width or more
