@@ -21,8 +21,8 @@ ORDER |= {".ipynb": 3, "test_pins.py": 5}
 ALONE = ("test_numbers_are_as_they_were[", "test_shards_make_the_updates")  # beside their file
 
 # Before torch is imported: workers share the cores. Some notebooks ask for two threads all the
-# same, and are given their share; threads that wait must sleep, for while they spin the others wait
-# for a core (two such notebooks at once took 156 s each, and 38 s with this).
+# same; threads that wait must then sleep, for while they spin the others wait for a core (two such
+# notebooks at once took 156 s each, and 38 s with this).
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -68,8 +68,6 @@ def pytest_runtest_call(item):
 
     if not _around:
         _around.update(notebooks.environment())
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            _around.setdefault("OMP_THREAD_LIMIT", os.environ["OMP_NUM_THREADS"])
         if item.config.has_many_notebooks and kernels.POSSIBLE:
             _around["JUPYTER_PATH"] = _open.enter_context(kernels.server(dict(_around)))
     with mock.patch.dict(os.environ, _around):
