@@ -6,8 +6,8 @@
 
 A small run (a random Stable Diffusion 1.5 of a few thousand weights, 6 epochs of 4 pictures at 4
 steps, looks, checkpoints every second epoch of which two are kept) is trained once without a kill;
-then once more, cut and resumed from an earlier checkpoint, to see how often each of PLACES is come
-to and how long it takes. Then runs are started and killed, mostly with SIGKILL, or with SIGTERM,
+then once more, and resumed from its first checkpoint, to see how often each of these calls is
+made and how long it takes. Then runs are started and killed, mostly with SIGKILL, or with SIGTERM,
 SIGINT, SIGHUP or two of them in a row, at a random moment of one of these calls: sampling,
 training, looking, saving, deleting, resuming, setting a branch aside, saving the LoRA, reporting.
 Each is resumed, and killed again, until it ends; a quarter of the resumed runs go back to an
@@ -35,11 +35,10 @@ from safetensors.torch import load_file
 from ddpo_scratch.config import TrainConfig, read_config
 from ddpo_scratch.run.checkpoint import checkpoints, find_checkpoint, reported_epochs
 from ddpo_scratch.run.runfolder import is_free
-from ddpo_scratch.run.runlog import read_metrics
 from ddpo_scratch.train import fit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from sd_models import folder  # noqa: E402
+from runs import numbers, random_model  # noqa: E402
 
 LOG = Path(__file__).with_suffix(".txt")
 EPOCHS = 6
@@ -54,7 +53,7 @@ FIELDS = dict(
     stop_gain=0.0,
     save_freq=2,
     eval_judges="",
-    model=folder("sd15"),
+    model=random_model(),
     reward_fn="brightness",
     num_checkpoint_limit=2,
     lora_rank=2,
@@ -74,7 +73,7 @@ def config_of(folder, **fields):
 
 
 def watched(tell):
-    "Call tell(name, is_over) when a function of PLACES begins and when it ends."
+    "Call tell(name, is_over) when a function of FIRST or RESUMING begins and when it ends."
 
     def watch(frame, event, _):
         code = frame.f_code
@@ -107,7 +106,7 @@ def killed_at(place, which, delay, signals):
 
 
 def measured(file):
-    "Have this process write down how often each of PLACES was called, and its longest seconds."
+    "Have this process write down how often each of them was called, and its longest seconds."
     begun, found = {}, {}
 
     def tell(name, is_over):
@@ -145,12 +144,6 @@ def child(config, output, prepare=None, *words):
             sys.stdout.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def numbers(folder):
-    "Read every number of a run's rows but its seconds."
-    rows = read_metrics(folder)
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
 def optimizer_of(checkpoint):
