@@ -68,7 +68,7 @@ class _Measured:
 
 _AtOnce = Annotated[_ZeroOrMore, _Measured(), _Allowed(_Measured.description)]
 
-# %% ../nbs/library/29_config.ipynb #ed35fbd8
+# %% ../nbs/library/29_config.ipynb #bacaeb70
 # names of experiment trackers that `log_with` may list, in the order in which help shows them
 TRACKER_NAMES = ("wandb", "tensorboard", "trackio")
 
@@ -76,6 +76,22 @@ TRACKER_NAMES = ("wandb", "tensorboard", "trackio")
 def _listed(text):
     "Return the names in a text with commas."
     return [name for word in text.split(",") if (name := word.strip())]
+
+
+# a text in quotes, or one letter
+_PIECE = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|.", re.DOTALL)
+
+
+def _parted(text):
+    "Part a text at the commas that stand in no brackets and no quotes."
+    depth, parts = 0, [""]
+    for piece in _PIECE.findall(text):
+        depth = max(0, depth + (piece in "([{") - (piece in ")]}"))
+        if piece == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
 
 
 def _is_path(text):
@@ -142,7 +158,7 @@ def _kept(value, default):
         return float(value)  # so that 1 and 1.0 are the same text in a file
     return value
 
-# %% ../nbs/library/29_config.ipynb #81d8aa2b
+# %% ../nbs/library/29_config.ipynb #75f7c7e5
 @dataclass(frozen=True, repr=False)
 class TrainConfig:
     "Say what a run does; by default the embedded model learns to compress well, on two CPU cores."
@@ -315,8 +331,7 @@ class TrainConfig:
     @property
     def judges(self) -> list:  # of str; ["auto"] stands for the model's own
         "List the names in eval_judges; commas in brackets and quotes do not part them."
-        parts = re.split(r",(?![^(\[{]*[)\]}])", self.eval_judges)
-        return [name for part in parts if (name := part.strip())]
+        return [name for part in _parted(self.eval_judges) if (name := part.strip())]
 
     @property
     def goal(self) -> float:  # 0 has no goal
@@ -484,7 +499,7 @@ def _batch_sizes(config):
         return "change train_batch_size or sample_batch_size"
     return f"{', or '.join(found)} would do"
 
-# %% ../nbs/library/29_config.ipynb #84bb7631
+# %% ../nbs/library/29_config.ipynb #8daacafb
 def _mistakes(config):
     "Yield a sentence for each pair of fields that cannot go together."
     # at its default a stop is only switched off where nothing is looked at
@@ -506,6 +521,14 @@ def _mistakes(config):
             f"multiple of samples per update ({config.train_batch_size} x "
             f"{config.train_gradient_accumulation_steps} = {config.samples_per_update}): "
             f"{_batch_sizes(config)}"
+        )
+    size = config.per_prompt_stat_tracking_buffer_size
+    least = config.per_prompt_stat_tracking_min_count
+    if config.per_prompt_stat_tracking and least > size:
+        yield (
+            f"per_prompt_stat_tracking_min_count is {least}, but "
+            f"per_prompt_stat_tracking_buffer_size keeps {size} rewards of a prompt, so that none "
+            f"would ever be judged by its own: give a min_count of at most {size}"
         )
 
 # %% ../nbs/library/29_config.ipynb #066400e3
@@ -673,7 +696,7 @@ def _converted(cls, values, path):
         raise ValueError(f"{str(path)!r}: {error}") from None
     return {name: getattr(record, name) for name in values}
 
-# %% ../nbs/library/29_config.ipynb #f3e9e0f5
+# %% ../nbs/library/29_config.ipynb #2963975b
 @dataclass(frozen=True)
 class Preset:
     "Keep a run with where its numbers stand, and what of its source's habits it keeps."
@@ -685,6 +708,13 @@ class Preset:
     inherits: str = ""  # the preset whose keys and fields hold where these say nothing
     config: dict = field(default_factory=dict)  # fields of TrainConfig, over all processes
 
+    @staticmethod
+    def is_form_of(
+        path,  # a YAML file
+    ) -> bool:  # False: its keys are fields, whose numbers are those of each process
+        "Tell whether a file's fields stand under `config`."
+        return not _is_flat(_read(path))
+
 
 def _is_flat(values):
     "Tell a file of fields from one in the form of a preset."
@@ -693,7 +723,8 @@ def _is_flat(values):
 
 def read_fields(
     path,  # a YAML file of fields, some or all, flat or in the form of a preset
-) -> dict:  # name -> value; "preset" too, where the file names one
+    world=1,  # processes that share the numbers of the form of a preset
+) -> dict:  # name -> value for one process; "preset" too, where the file names one
     "Read fields of TrainConfig from a file."
     values = _read(path)
     if _is_flat(values):
@@ -704,6 +735,8 @@ def read_fields(
         record = _converted(Preset, values, path)
         base, values = record.get("inherits", ""), record.get("config", {})
     fields = _converted(TrainConfig, values, path)
+    if world > 1 and Preset.is_form_of(path):
+        fields = _shared(path, fields, world)
     return {"preset": base} | fields if base else fields
 
 # %% ../nbs/library/29_config.ipynb #fd4812ff
@@ -756,10 +789,12 @@ def preset_names() -> list:  # of str, sorted
     "List the presets that come with the package."
     return sorted(Path(path.name).stem for path in _FOLDER.iterdir() if path.suffix == ".yaml")
 
-# %% ../nbs/library/29_config.ipynb #8780f2d1
+# %% ../nbs/library/29_config.ipynb #00112133
 def _is_file(name):
     "Tell a preset's file from its name."
-    return str(name).endswith((".yaml", ".yml"))
+    if str(name).endswith((".yaml", ".yml")):
+        return True
+    return str(name) not in preset_names() and os.path.isfile(name)
 
 
 def _preset_file(name):
@@ -778,6 +813,7 @@ _read_once = functools.cache(_read)  # of files that ship with the package
 
 def read_preset(
     name,  # of a preset, or a file ending in .yaml that has a preset's form
+    inherits="",  # a preset in place of the one that it inherits
 ) -> Preset:  # with the keys and fields that it inherits
     "Read a preset: its fields, and where they come from."
     family = []  # the preset, its parent, its parent's parent
@@ -787,7 +823,7 @@ def read_preset(
             raise ValueError(f"{str(path)!r} inherits from itself")
         read = _read_once if path.parent == _FOLDER else _read
         family.append((path, _converted(Preset, read(path), path)))
-        name = family[-1][1].get("inherits")
+        name, inherits = inherits or family[-1][1].get("inherits"), ""
     merged = {"config": {}}
     for path, record in reversed(family):
         fields = _converted(TrainConfig, record.get("config", {}), path)
@@ -817,13 +853,14 @@ def _share(name, config, world, given):
         shares |= {size: n // smaller, times: k // fewer}
     return shares
 
-# %% ../nbs/library/29_config.ipynb #4ac1ccf4
+# %% ../nbs/library/29_config.ipynb #e2983bf1
 MAIN_JOB = "tiny_minute"  # the preset of a run of which nothing is said
 
 
 def preset(
     name,  # of a preset, or a YAML file of your own, of either form
     world=1,  # processes that share the preset's global numbers
+    inherits="",  # a preset in place of the one that a file of the preset form inherits
     **fields,  # fields of TrainConfig that replace the preset's, for each process
 ) -> TrainConfig:  # of one process
     "Make a configuration by name."
@@ -841,5 +878,19 @@ def preset(
         flat = read_fields(name)
         name = flat.pop("preset", "tiny")
         fields = flat | fields
-    config = TrainConfig(**read_preset(name).config)
+    config = TrainConfig(**read_preset(name, inherits).config)
     return dataclasses.replace(config, **_share(name, config, world, fields) | fields)
+
+
+def _shared(path, fields, world):
+    "Return the fields that a file of the form of a preset sets, its numbers shared out."
+    whole, names, kept = preset(path), set(fields), {}
+    for pair in _PAIRS:
+        if not names & set(pair):
+            # the run has its own share of these, whether or not the file's could be shared out
+            kept |= {name: getattr(whole, name) for name in pair}
+    config = preset(path, world, **kept)
+    # a batch that is smaller, so that the number of batches can be whole, is the file's too
+    both = [name for pair in _PAIRS for name in pair]
+    names |= {name for name in both if getattr(config, name) != getattr(whole, name)}
+    return {name: getattr(config, name) for name in sorted(names)}

@@ -23,7 +23,7 @@ from .rollout import generator_for, sample
 
 # importing matplotlib takes half a second: the functions that draw do it themselves
 
-# %% ../nbs/library/36_evaluate.ipynb #052f3c3d
+# %% ../nbs/library/36_evaluate.ipynb #4619a540
 def spread_prompts(
     source,  # source(generator) draws (prompt, metadata); may list all as `prompts`, `metadata`
     n,  # prompts wanted, at least 1
@@ -31,7 +31,7 @@ def spread_prompts(
 ) -> tuple[list, list]:  # n prompts, and a dict of metadata for each
     "Take n prompts evenly from a source's list, or draw them with keyed generators."
     listed = getattr(source, "prompts", None)
-    if not listed:
+    if not listed or getattr(source, "draws_tell", False):
         pairs = [source(generator_for(seed, i, "eval prompt")) for i in range(n)]
         return [prompt for prompt, _ in pairs], [metadata for _, metadata in pairs]
     places = [i * len(listed) // n for i in range(n)]

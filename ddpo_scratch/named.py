@@ -210,24 +210,51 @@ def build(
         _check_options(made, name, who)
     return made
 
-# %% ../nbs/library/24_named.ipynb #280588a8
+# %% ../nbs/library/24_named.ipynb #5c182e20
 _PACKAGE = "ddpo_scratch"
+_REGISTRIES = []  # every `Registry`, each of which knows its things' names
+
+
+def _is_ours(thing):
+    "Tell what this package defines from what was written elsewhere."
+    return str(getattr(thing, "__module__", "")).startswith(f"{_PACKAGE}.")
+
+
+def _registered_name(thing):
+    "Find the name under which this package registers a thing itself, not one that is called so."
+    if _is_ours(thing):
+        for things in _REGISTRIES:
+            for name, registered in things.known():
+                if registered is thing:
+                    return name
+
+
+def _was_made(thing, cls):
+    "Tell whether an object may hold what its class, called without arguments, would not give it."
+    signature = _signature(cls)
+    if signature is None or signature.parameters:
+        return True
+    # without an __init__ such a call gives an empty object
+    return cls.__init__ is object.__init__ and bool(getattr(thing, "__dict__", None))
 
 
 def name_of(
-    thing,  # a function, a class or an object
-) -> str:  # its `name` if it is of this package and has one, else "module:name"
+    thing,  # a function, a class, an object, or a text, which stays what it is
+) -> str:  # what it says of itself, its registered name, or "module:name"
     "Name a thing as `Registry.find` could find it, or with `(...)` where it could not."
-    home = getattr(thing, "__module__", "")
-    name = getattr(thing, "name", None)
-    if isinstance(name, str) and name and home.startswith(f"{_PACKAGE}."):
-        return str.__str__(name)
+    if isinstance(thing, str):
+        return str.__str__(thing)
     if isinstance(thing, functools.partial):
         return name_of(thing.func).removesuffix("(...)") + "(...)"
+    text = thing.as_text() if hasattr(type(thing), "as_text") else _registered_name(thing)
+    if text:
+        return text
     named = thing if hasattr(thing, "__qualname__") else type(thing)
-    signature = _signature(named)
-    was_made = named is not thing and (signature is None or signature.parameters)
+    name = getattr(thing, "name", None)
+    if named is not thing and _is_ours(thing) and isinstance(name, str) and name:
+        return f"{name.partition('(')[0]}(...)"
     text = f"{named.__module__}:{named.__qualname__}"
+    was_made = named is not thing and _was_made(thing, named)
     return f"{text}(...)" if was_made or inspect.ismethod(thing) else text
 
 # %% ../nbs/library/24_named.ipynb #ae2a6665
@@ -407,21 +434,52 @@ def parse_sum(
         raise ValueError(f"{who}: {text!r} is a number: write a name, or a sum such as {example}")
     return terms
 
-# %% ../nbs/library/24_named.ipynb #00cb084f
+# %% ../nbs/library/24_named.ipynb #994fa44e
 def outside(
     text,  # of a reward or a prompt source
 ) -> list:  # of str: "module:attribute" and "FILE.py:attribute"
-    "List what a text would import beyond the registered names; nothing is run."
+    "List what a text would import beyond the registered names, in arguments too; nothing is run."
     try:
-        names = [name for _, name, _ in parse_sum(text)]
-    except ValueError:
-        return []  # what cannot be read cannot name anything
-    return list(dict.fromkeys(name for name in names if ":" in name and not _is_data(name)))
+        terms = parse_sum(text)
+    except ValueError as error:
+        # what cannot be read cannot name anything, but for a reader with more room on its stack
+        return [_short(text)] if "nested too deep" in str(error) else []
+    names = []
+    for _, name, call in terms:
+        names += [name] if ":" in name and not _is_data(name) else []
+        for word in _strings(call):
+            # a reward may take a reward by name, as in relative('my.py:red', 'bright', 'dark')
+            names += [inner for inner in outside(word) if _leads_to_code(inner)]
+    return list(dict.fromkeys(names))
 
 
 def _is_data(name):
     "Tell a file of prompts, such as `prompts.txt`, whose name looks like a module's."
     return name.rpartition(":")[2] in ("txt", "csv", "tsv", "json", "jsonl")
+
+
+def _strings(value):
+    "Yield the texts in the arguments of a call, however deep in lists and dicts they lie."
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value.items()])
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _leads_to_code(name):
+    "Tell a name in an argument from data that reads like one, such as `model.safetensors`."
+    place = name.partition(":")[0]
+    top = place.partition(".")[0]
+    if place.endswith(".py") or not top.isidentifier():
+        return True
+    try:
+        with _searched(str(Path.cwd())):
+            return importlib.util.find_spec(top) is not None
+    except (ValueError, ImportError, OSError):
+        return True  # a module without a spec, such as __main__, is there all the same
 
 # %% ../nbs/library/24_named.ipynb #371e118b
 def _decorated(node, decorator):
@@ -466,7 +524,7 @@ def check_known(
     listed = ", ".join([*known, also] if also else known)
     raise ValueError(f"{who}: no {kind} called {name!r}; {hint}known: {listed}")
 
-# %% ../nbs/library/24_named.ipynb #f8b1fcd8
+# %% ../nbs/library/24_named.ipynb #6c74236c
 class Registry(Mapping):
     "Hold things by name that register where they live; seek unknown names in a folder's modules."
 
@@ -484,6 +542,7 @@ class Registry(Mapping):
         self.also = also
         self.decorator = decorator
         self._things = {}
+        _REGISTRIES.append(self)
 
     def register(
         self,
@@ -496,6 +555,10 @@ class Registry(Mapping):
             return thing
 
         return keep
+
+    def known(self) -> list:  # of (name, thing)
+        "List what has registered so far; nothing is imported."
+        return list(self._things.items())
 
     def find(
         self,

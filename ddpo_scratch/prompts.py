@@ -121,12 +121,13 @@ def _pair(drawn, who):
         f"needs a prompt, or a pair of a prompt and a dict{hint}"
     )
 
-# %% ../nbs/library/25_prompts.ipynb #5735e88e
+# %% ../nbs/library/25_prompts.ipynb #b609365e
 class Prompts:
     "Draw uniformly from a list; subclass it to keep a state, or to draw in another way."
 
     prompts = None  # all of them, in a fixed order, if they can be listed
     metadata = None  # a dict for each of `prompts`
+    draws_tell = False  # True: draws bring metadata that no list has
 
     def __call__(
         self,
@@ -147,7 +148,7 @@ class Prompts:
             return f"<{type(self).__name__}>"
         return f"<{len(self.prompts)} prompts, {self.prompts[0]!r} ... {self.prompts[-1]!r}>"
 
-# %% ../nbs/library/25_prompts.ipynb #05755b2f
+# %% ../nbs/library/25_prompts.ipynb #5ebe5950
 @contextlib.contextmanager
 def _seeded(generator):
     "Seed the global random numbers from a generator, which is left as it was; then put them back."
@@ -190,7 +191,20 @@ class _Wrapped(Prompts):
             )
         listed = getattr(function, "prompts", None)
         self.prompts = None if listed is None else [_text(p, self.who) for p in listed]
-        self.metadata = getattr(function, "metadata", None)
+
+    @functools.cached_property
+    def metadata(self):
+        "List the metadata of `prompts`, empty where draws have none; None if only draws know it."
+        given = getattr(self.function, "metadata", None)
+        if given is not None or self.prompts is None:
+            return given
+        drawn = self._draw(torch.Generator().manual_seed(0))[1]
+        return None if drawn else [{} for _ in self.prompts]
+
+    @property
+    def draws_tell(self) -> bool:
+        "Tell whether draws bring metadata that the list has not."
+        return self.prompts is not None and self.metadata is None
 
     def _draw(self, generator):
         with _seeded(generator):

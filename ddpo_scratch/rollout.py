@@ -131,18 +131,25 @@ class Rollout:
             Conditioning.cat([part.c for part in parts]),
         )
 
-# %% ../nbs/derivations/02_rollout.ipynb #e066f6e9
+# %% ../nbs/derivations/02_rollout.ipynb #70b1397d
 def trainable_steps(
     path,  # of a denoiser
     n_steps,  # int, steps of the rollout
     rule,  # step rule, or DDIM's eta, > 0 .. 1
 ) -> Tensor:  # (k,) long, indices of the steps that have a density
     "Find the steps with std > 0: the only ones that a policy gradient may use."
-    steps = (step_rule(rule).stds(path, n_steps) > 0).nonzero().flatten()
-    if len(steps) == 0:
+    rule = step_rule(rule)
+    steps = (rule.stds(path, n_steps) > 0).nonzero().flatten()
+    if len(steps) == 0 and getattr(rule, "eta", None) == 0:
         raise ValueError(
             "eta=0 makes every step deterministic, so there is no log-prob to train on: "
             "use eta > 0, e.g. 1.0"
+        )
+    if len(steps) == 0:
+        raise ValueError(
+            f"{rule} draws no noise in any step of this grid of {n_steps}, so there is no log-prob "
+            "to train on: use a rule that draws noise, or more steps (the last one, to the "
+            "picture, often has none)"
         )
     return steps
 

@@ -217,21 +217,23 @@ class _Population:
         self.log_weights = torch.where(poor, 0.0, self.log_weights)
         return (index + k * torch.arange(p)[:, None]).flatten()
 
-# %% ../nbs/derivations/13_steering.ipynb #3403087e
+# %% ../nbs/derivations/13_steering.ipynb #bf726b1b
 def _scored_steps(path, rule, n_steps, n_scores):
     "Spread the scored steps but the last evenly; refuse those after which nothing is random."
     if n_scores > n_steps:
         raise ValueError(
             f"n_scores is {n_scores}, with n_steps {n_steps}: expected at most one a step"
         )
+    noisy = (step_rule(rule).stds(path, n_steps) > 0).nonzero().flatten().tolist()
+    last = noisy[-1] if noisy else 0
     steps = [round(k * n_steps / n_scores) for k in range(1, n_scores)]
-    stds = step_rule(rule).stds(path, n_steps)
-    for i in steps:
-        if not (stds[i:] > 0).any():
-            raise ValueError(
-                f"after step {i} this sampler draws no noise, so copies of a particle would stay "
-                "copies: use eta > 0, e.g. 1.0, or n_scores 1"
-            )
+    if steps and steps[-1] > last:
+        most = max(n for n in range(1, n_scores) if round((n - 1) * n_steps / n) <= last)
+        remedy = f"n_scores of at most {most}" if noisy else "eta > 0, e.g. 1.0, or n_scores 1"
+        raise ValueError(
+            f"after step {min(i for i in steps if i > last)} this sampler draws no noise, so "
+            f"copies of a particle would stay copies: use {remedy}"
+        )
     return steps
 
 

@@ -199,7 +199,7 @@ def own_numbers(
     order, _ = _order(state, 0, n * engine.world, 0)
     return order.view(-1, engine.world, b)[:, engine.rank].flatten().sort().values.tolist()
 
-# %% ../nbs/library/40_train.ipynb #e9fa6bc1
+# %% ../nbs/library/40_train.ipynb #9643ea5f
 def _waiting(config, rollout):
     "Move trajectories to where they wait for training."
     if config.rollout_device != "auto":
@@ -244,6 +244,11 @@ def _drawn(state, prompts, ks):
     return rollouts, torch.cat(pictures)
 
 
+def _spread(values):
+    "Measure the standard deviation of a sample; of a single number it is 0."
+    return values.std(correction=min(1, values.numel() - 1)).item()
+
+
 @torch.no_grad()
 def collect(
     state,  # TrainState
@@ -272,7 +277,7 @@ def collect(
     shaped = _shaped(state, needed, rewards, all_prompts, extras, embeddings, numbers)
     weights = method.weights(shaped.rewards, all_prompts)
     state.reward_queries += len(rewards)
-    gauges = dict(advantage_spread=weights.std().item()) | method.epoch_gauges(all_prompts)
+    gauges = dict(advantage_spread=_spread(weights)) | method.epoch_gauges(all_prompts)
     sizes = {len(rollout) for rollout in rollouts}
     return Samples(
         rollout=type(rollouts[0]).cat(rollouts),
@@ -558,7 +563,7 @@ def _replay(state, samples, todo):
             with torch.no_grad():
                 state.method.replay(state.denoiser, batch)
 
-# %% ../nbs/library/40_train.ipynb #0dbcbe47
+# %% ../nbs/library/40_train.ipynb #a7fa1f80
 def _peak(state, samples, index, steps, draws, size):
     "Measure the bytes that a micro-batch takes on the GPU at most; leave no gradient behind."
     state.config = dataclasses.replace(state.config, train_micro_batch_size=size)
@@ -578,14 +583,29 @@ def _room(one, two, free, later):
     return max(1, int((0.9 * free - later - (one - row)) // row))
 
 
+def _peaks(state, samples, index, steps, draws):
+    "Measure what one row takes and what two take; () where the memory was full."
+    try:
+        # the first pass of a process also loads kernels and makes workspaces
+        return [_peak(state, samples, index, steps, draws, size) for size in (1, 1, 2)][1:]
+    except torch.OutOfMemoryError:
+        # the error holds the tensors of its frames; what broke off left a part of a gradient
+        state.optimizer.zero_grad()
+        return ()
+
+
 def _measured(state, samples, index, steps):
     "Measure how many transitions a GPU takes at a time."
     config, generator = state.config, state.generator(0, "measuring")
     draws = state.method.draws(state.denoiser, steps.numel(), generator)
-    # the first pass of a process also loads kernels and makes workspaces
-    _, one, two = [_peak(state, samples, index, steps, draws, size) for size in (1, 1, 2)]
+    peaks = _peaks(state, samples, index, steps, draws)
     state.config = config
     torch.cuda.empty_cache()
+    # on any process: all of them train on as many
+    if state.engine.any(not peaks):
+        state.progress.line("two transitions do not fit the memory at a time: it is one")
+        return 1
+    one, two = peaks
     free, _ = torch.cuda.mem_get_info()
     moments = 8 * sum(p.numel() for p in state.params)
     return _room(one, two, free, 0 if state.optimizer.state else moments)
@@ -657,7 +677,7 @@ def _differentiated_steps(state, epoch):
             epoch.extras = _mean_extras(state.engine, all_extras, len(rewards) // batches)
         yield out
 
-# %% ../nbs/library/40_train.ipynb #3966fc84
+# %% ../nbs/library/40_train.ipynb #e5296603
 def _finite_means(rows):
     "Average each number over an epoch's steps; a skipped step has no gradient norm."
     means = {}
@@ -680,7 +700,7 @@ def _epoch_metrics(state, epoch, rows):
         global_step=state.global_step,
         reward_queries=state.reward_queries,
         reward_mean=rewards.mean().item(),
-        reward_std=rewards.std().item(),
+        reward_std=_spread(rewards),
         reward_min=rewards.min().item(),
         reward_max=rewards.max().item(),
         noise_left=state.method.noise_left(state.denoiser.path),

@@ -158,7 +158,8 @@ def all_jobs():
     jobs += [Job("control", jpeg, m, seed) for seed in SEEDS for m in controls]
     jobs += sweeps(jpeg, GRADIENT) + runs(jpeg, GRADIENT)
     jobs += [Job("baseline", taste, m) for m in ("base", "best_of_n", "fk_steering")]
-    jobs += sweeps(taste, METHODS | GRADIENT) + runs(taste, METHODS | GRADIENT)
+    jobs += sweeps(taste, METHODS) + runs(taste, METHODS)
+    jobs += sweeps(taste, GRADIENT) + runs(taste, GRADIENT)
     for reward in REWARDS:
         jobs += sweeps(reward, MORE) + runs(reward, MORE)
     return jobs

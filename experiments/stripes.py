@@ -16,6 +16,7 @@ short       fewer steps of it: a model that draws the patterns sometimes, and st
 dpo         Diffusion-DPO on pairs of such a picture and the same scene on a plain background
 warm        advantage-weighted matching from that model, three seeds
 shuffled    the same with each reward given to another picture, three seeds
+gradient    AlignProp through the graded reward, from the base model: no picture need obey by chance
 """
 
 import argparse
@@ -236,6 +237,18 @@ def match(job):
     return run(job, config, **parts)
 
 
+def backpropagate(job):
+    "Send the graded reward's gradient back through the last steps."
+    config = dataclasses.replace(
+        preset("tiny_alignprop"),
+        reward_fn="patterns",
+        eval_judges="",
+        train_batch_size=8,
+        train_learning_rate=1e-3,
+    )
+    return run(job, config)
+
+
 def prefer(job):
     "Run Diffusion-DPO on pairs of composed pictures."
     pairs = write_pairs(RUNS / "pairs")
@@ -249,7 +262,7 @@ def prefer(job):
 
 JOBS = dict(base=explore, short=supervise, fixed=supervise, varied=supervise)
 JOBS |= {f"{kind}-{seed}": match for seed in SEEDS for kind in ("warm", "shuffled")}
-JOBS |= {"awm-0": match, "dpo-0": prefer}
+JOBS |= {"awm-0": match, "dpo-0": prefer, "gradient-0": backpropagate}
 
 
 def main():

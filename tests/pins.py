@@ -105,6 +105,8 @@ RUNS = {
     for method in methods
 } | {f"ddpo_is/{name}": fields for name, fields in ONE_OF_A_KIND.items()}
 TWO_PROCESSES = ["ddpo_is/plain", "rwr/kl", "alignprop_random/plain"]
+# of two processes: a JPEG's size jumps where a pixel is rounded to another of 256 levels
+SMOOTH = dict(reward_fn="brightness")
 RESUMED = ["ddpo_is/ema", "rwr/inner_epochs", "alignprop_random/kl"]
 # gauges that came after the record was made, and move nothing
 NEWER = ("ratio_first", "noise_left")
@@ -173,10 +175,10 @@ def config_of(name, folder, **more):
     )
 
 
-def run(name, folder):
+def run(name, folder, **more):
     from ddpo_scratch.train import setup
 
-    return finish(setup(config_of(name, folder)))
+    return finish(setup(config_of(name, folder, **more)))
 
 
 def resumed(name, folder):
@@ -201,7 +203,8 @@ def share(folder):
     found = {}
     for name in TWO_PROCESSES:
         size = RUNS[name].get("train_batch_size", 4) // 2
-        state = setup(config_of(name, folder, sample_batch_size=2, train_batch_size=size))
+        halves = dict(sample_batch_size=2, train_batch_size=size)
+        state = setup(config_of(name, folder, **SMOOTH, **halves))
         found[name] = finish(state)
         rank = state.engine.rank
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
@@ -321,7 +324,9 @@ def check(name, value):
     assert [path for path, _ in found] == [path for path, _ in expected]
     for (path, a), (_, b) in zip(found, expected, strict=True):
         if isinstance(b, float):
-            assert math.isclose(a, b, rel_tol=5e-2, abs_tol=5e-3), path
+            # a share of few steps jumps where one of them falls on the other side of the clip
+            least = 0.1 if path.endswith("clip_fraction") else 5e-3
+            assert math.isclose(a, b, rel_tol=5e-2, abs_tol=least), path
 
 
 def main():

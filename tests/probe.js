@@ -20,7 +20,7 @@ window.probe = {
   scrolling() {
     document.querySelectorAll("details").forEach((d) => { d.open = true; });
     const wide = (e) => e.scrollWidth > e.clientWidth + 1;
-    return [...document.querySelectorAll("main pre")].filter(wide).map((e) => e.textContent.slice(0, 80));
+    return [...document.querySelectorAll("main pre:not(.columns pre)")].filter(wide).map((e) => e.textContent.slice(0, 80));
   },
 
   // tables that are cut: beyond the window, and in no box that scrolls

@@ -9,6 +9,7 @@ import statistics
 import pytest
 import torch
 from differences import slope_along
+from runs import small
 from samples import generators, schedule, with_lora
 from torch.testing import assert_close
 
@@ -25,6 +26,7 @@ from ddpo_scratch.methods.backprop import (
 )
 from ddpo_scratch.rewards.jpeg import jpeg_size_estimate
 from ddpo_scratch.rollout import draw, generator_for, policy, sample
+from ddpo_scratch.run.setup import setup
 
 T = 4
 
@@ -426,3 +428,34 @@ def test_latents_in_other_precisions(toy):
     assert dtype_of(draft_lv_sample, toy, torch.bfloat16) == torch.bfloat16
     assert dtype_of(refl_sample, toy, torch.bfloat16) == torch.float32
     assert dtype_of(refl_sample, toy.double(), torch.float64) == torch.float64
+
+
+def kept_and_gradient(folder, k, checkpoint):
+    "Count the numbers that autograd keeps of a chain with a KL penalty; return its gradient too."
+    fields = dict(method="alignprop", backprop_steps=str(k), kl_weight=0.5, lora_rank=4)
+    fields |= dict(reward_fn="brightness", backprop_checkpointing=checkpoint)
+    state = setup(small(folder, **fields))
+    generator = torch.Generator().manual_seed(0)
+    for p in state.params:  # off zero, or the penalty would be flat
+        torch.nn.init.normal_(p.data, std=0.1, generator=generator)
+    held = {}
+
+    def pack(tensor):
+        held[tensor.data_ptr(), tensor.numel()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        c = state.denoiser.encode(["a fox", "a cat"])
+        x0, gauges = state.method.chain(state.denoiser, c, state.noise([0, 1]), None)
+    assert gauges["kl"] > 0
+    return sum(held.values()), flat_grad(x0.mean() + gauges["kl"], state.params)
+
+
+def test_a_penalty_keeps_no_more_where_steps_are_computed_again(tmp_path):
+    "The gradient is the same, and of each step no more is kept than the latent it begins with."
+    kept, gradients = zip(
+        *[kept_and_gradient(tmp_path, k, again) for again in (False, True) for k in (1, 4)]
+    )
+    assert kept[1] > 2.5 * kept[0] and max(kept[2:]) < 0.01 * kept[0]
+    for plain, again in zip(gradients[:2], gradients[2:]):
+        assert_close(plain, again, rtol=1e-4, atol=1e-6)

@@ -340,6 +340,17 @@ def test_damage_is_one_line_with_the_file_and_a_way_on(run, file, damage, messag
     assert mini(run.parent, resume=saved(run, 1), num_epochs=9).epoch == 1
 
 
+def test_a_way_on_can_be_pasted(tmp_path):
+    import shlex
+
+    from ddpo_scratch.run.checkpoint import _advice
+
+    state = mini(tmp_path, name="my run", num_epochs=9)
+    train_to(state, 1)
+    words = _advice(tmp_path / "my run/checkpoints/epoch_0002").rpartition(" is ")[2]
+    assert shlex.split(words) == ["--resume_from", str(saved(tmp_path / "my run", 1))]
+
+
 def test_advice_passes_over_what_is_damaged_too(run):
     state = resume(run)
     state.epoch = 3

@@ -18,6 +18,7 @@ from ddpo_scratch.models import base, sd
 from loras import random_lora
 from PIL import Image
 
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 TINY_RUN = """--num_epochs 1 --sample_num_steps 4 --sample_batch_size 4 --train_batch_size 2
 --sample_num_batches_per_epoch 1 --eval_num_images 2 --sample_guidance_scale 1""".split()
@@ -96,6 +97,24 @@ def test_every_option_has_help(command, capsys, monkeypatch):
 def test_help_shows_the_values_of_the_preset(capsys, monkeypatch):
     text = help_of("ddpo_train", capsys, monkeypatch, "--preset", "tiny_rwr")
     assert "(default: rwr)" in text and "(default: ddpo_is)" not in text
+
+
+@pytest.mark.parametrize("words", ([], ["--seed", "3"], ["--method", "ddpo_is"], ["--model", SD15]))
+def test_help_shows_what_runs_with_these_words(words, capsys, monkeypatch):
+    layers, fields = cli._split(cli._train_parser().read(words))
+    shown = cli._shown_defaults(layers, fields)
+    assert not capsys.readouterr().out
+    assert shown == dataclasses.asdict(cli.parse_train(words))
+    text = help_of("ddpo_train", capsys, monkeypatch, *words)
+    assert f"(default: {shown['train_learning_rate']:g})" in text
+    if not words:
+        assert "(default: 0.165)" in text and "(default: 0.17)" not in text
+        assert "(default: tiny_minute, or what fits the rest)" in text
+
+
+def test_help_comes_where_other_words_are_wrong(capsys, monkeypatch):
+    for words in (["--model", "no/such"], ["--resume_from", "nowhere"], ["--config", "no.yaml"]):
+        assert "(default: 0.165)" in help_of("ddpo_train", capsys, monkeypatch, *words)
 
 
 @pytest.mark.parametrize("command", ("ddpo_sample", "ddpo_eval"))
@@ -220,6 +239,32 @@ def test_a_preset_may_be_a_file_that_inherits(tmp_path):
     assert (c.method, c.seed) == ("rwr", 5)
 
 
+def test_numbers_of_a_file_of_the_preset_form_are_of_all_processes(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("inherits: t4_sd15\nconfig:\n  sample_num_batches_per_epoch: 32\n")
+    words = ["--config", str(path), "--world", "8"]
+    c = cli.parse_train(words)
+    assert c == cli.parse_train(["--preset", str(path), "--world", "8"])
+    assert c.sample_num_batches_per_epoch == 4 and c.samples_per_epoch == 4 * c.sample_batch_size
+    given = cli.parse_train([*words, "--sample_num_batches_per_epoch", "3"])
+    assert given.sample_num_batches_per_epoch == 3
+    # a preset that is given stands in the place of the one that is inherited
+    words = ["--config", str(path), "--preset", "tiny_rwr", "--world", "2"]
+    c = cli.parse_train([*words, "--seed", "7"])
+    assert (c.method_name, c.sample_num_batches_per_epoch, c.seed) == ("rwr", 16, 7)
+    path.write_text("preset: t4_sd15\nsample_num_batches_per_epoch: 32\n")
+    assert cli.parse_train(words[:2]).sample_num_batches_per_epoch == 32
+
+
+def test_a_file_of_the_preset_form_over_a_run_is_shared_too(tmp_path):
+    a_run(tmp_path / "run", sample_num_batches_per_epoch=4, seed=4)
+    path = tmp_path / "mine.yaml"
+    path.write_text("config:\n  sample_num_batches_per_epoch: 32\n  num_epochs: 7\n")
+    words = ["--config", str(path), "--resume_from", str(tmp_path / "run"), "--world", "8"]
+    c = cli.parse_train(words)
+    assert (c.sample_num_batches_per_epoch, c.num_epochs, c.seed) == (4, 7, 4)
+
+
 def a_run(folder, **fields):
     "Make a folder with the configuration and a checkpoint of a run, as far as options need it."
     checkpoint = folder / "checkpoints" / "epoch_0001"
@@ -279,8 +324,6 @@ def test_words_for_true_and_false(word, value):
 
 
 # ---------------------------------------------------------------- a model of another kind
-
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def test_another_model_gets_a_preset_that_fits_and_says_so(capsys):
@@ -591,6 +634,12 @@ HOSTILE = [
     "evil.json",
     "evil.tsv",
     "evil.reward",
+    "relative('evil.py:reward', 'a', 'b')",
+    "relative('evil.reward', 'a', 'b')",
+    "relative('brightness + 0*evil:reward', 'a', 'b')",
+    "brightness + 0*relative(of='relative(\"./evil.py:reward\", 1, 2)', positive=1, negative=2)",
+    "relative({'evil.py:reward': 1}, 'a', 'b')",
+    "brightness - relative(['brightness', ['evil:reward']], 'a', 'b')",
 ]
 EVIL = "open('PWNED', 'w').close()\ndef reward(images, prompts, metadata): return images.mean()\n"
 
@@ -624,7 +673,12 @@ def test_resuming_a_strangers_run_runs_nothing(stranger, capsys, text, field, dr
 
 
 def test_judges_among_others_run_nothing(stranger, capsys):
-    for text in ("brightness, os:system('touch PWNED, x')", "brightness,evil.reward( 'a, b')"):
+    for text in (
+        "brightness, os:system('touch PWNED, x')",
+        "brightness,evil.reward( 'a, b')",
+        "brightness, relative('evil.py:reward', 'a', 'b')",
+        "relative('evil.py:reward', ['a, b'], 'c'), brightness",
+    ):
         words = ["--eval_judges", "brightness"]
         write_config(TrainConfig(eval_judges=text), Path("."))
         assert "eval_judges" in mistake(capsys, "ddpo_train", "--config", "config.yaml")
@@ -685,6 +739,14 @@ def test_a_strangers_run_is_drawn_from_with_nothing_of_its_own(stranger):
     assert len(list(Path("samples").iterdir())) == 2
 
 
+@pytest.mark.parametrize("field", ("method", "reward_shaping", "model", "start_from"))
+@pytest.mark.parametrize("text", ["evil.py:reward", "evil:reward", "gardo('evil.py:reward')"])
+def test_other_fields_name_no_code(stranger, capsys, field, text):
+    Path("flat.yaml").write_text(f"preset: tiny\n{field}: {json.dumps(text)}\n")
+    mistake(capsys, "ddpo_train", "--config", "flat.yaml", "--dry_run")
+    assert not Path("PWNED").exists()
+
+
 def test_code_of_a_models_folder_does_not_run(stranger, tmp_path, capsys):
     import shutil
 
@@ -722,9 +784,16 @@ def test_a_run_that_is_trusted_runs_its_code(stranger, words):
 def test_data_needs_no_trust(stranger):
     Path("my.prompts").write_text("a fox\n")
     texts = ["prompts.txt", "./dir.d/prompts.jsonl", "my.prompts", "from_list(['a: b', 'c.d e:f'])"]
+    texts += ["from_list(['sky:blue', 'St.Ives'])", "from_file('evil.txt', column='a')"]
+    texts += [f"from_list({['a fox'] * 999})"]
     for text in texts:
         assert cli._code_in("prompt_fn", text) == [], text
-    for text in ("brightness - 0.5*target_color('a:b.c')", "llava(server='http://a.b:80/x')"):
+    for text in (
+        "brightness - 0.5*target_color('a:b.c')",
+        "llava(server='http://a.b:80/x')",
+        "relative('clip_score(model=\"owner/name\")', 'Realistic', 'CG: a render')",
+        "geneval(model='model.safetensors')",
+    ):
         assert cli._code_in("reward_fn", text) == [], text
 
 
@@ -1093,6 +1162,22 @@ def test_long_evaluations_say_how_long(monkeypatch, capsys):
     assert capsys.readouterr().out == "2 pictures: 2 of each of 1 list\n"
 
 
+def test_measuring_scores_no_more_pictures_than_are_drawn_at_a_time(monkeypatch):
+    pictures, seen = torch.rand(5, 3, 8, 8), []
+
+    def narrow(images, prompts, metadata):
+        assert len(images) == len(prompts) == len(metadata)
+        seen.append(len(images))
+        return images.mean((1, 2, 3))
+
+    monkeypatch.setattr(cli, "draw", lambda denoiser, prompts, options: pictures)
+    options = cli.EvalOptions(n=5, batch_size=2)
+    denoiser = type("Anything", (), dict(device="cpu"))
+    *_, summary = cli._measure(denoiser, "common_animals", dict(narrow=narrow), options)
+    assert seen == [2, 2, 1]
+    assert summary["rewards"]["narrow"]["mean"] == pytest.approx(pictures.mean().item())
+
+
 def test_an_evaluation_overwrites_none_before_it(tmp_path):
     def names():
         return [file.name for file in cli._free_files(tmp_path)]
@@ -1102,6 +1187,14 @@ def test_an_evaluation_overwrites_none_before_it(tmp_path):
     assert names() == ["ddpo_eval-002.json", "ddpo_eval-002.png"]
     (tmp_path / "ddpo_eval-002.json").touch()
     assert names() == ["ddpo_eval-003.json", "ddpo_eval-003.png"]
+
+
+def test_prompts_come_with_the_metadata_of_their_draws(tmp_path, monkeypatch):
+    (tmp_path / "numbered.py").write_text(
+        "def fox(generator):\n    return 'a fox', {'n': 7}\nfox.prompts = ['a fox']\n"
+    )
+    prompts, metadata = cli._shuffled_prompts(f"{tmp_path}/numbered.py:fox", 3)
+    assert prompts == ["a fox"] * 3 and metadata == [{"n": 7}] * 3
 
 
 def test_two_evaluations_leave_two_and_say_what_the_model_does_not_know(tmp_path, capsys):

@@ -701,12 +701,15 @@ CLAIMS = [
     (r"loss times ([\d.]+)", lambda c: float(c.reward_fn.split("*")[0])),
     (r"(\d+) (?:common|bare) animals", lambda c: len(get_prompt_fn(c.prompt_fn).prompts)),
     (r"(\d+) groups of", lambda c: c.samples_per_epoch / c.sample_images_per_prompt),
+    (r"of (\d+) groups,", lambda c: c.samples_per_epoch / c.sample_images_per_prompt),
+    (r"^(\d+) epochs", lambda c: c.num_epochs),
+    (r"every (\d+) epochs", lambda c: c.method_class.options_of(c).window_epochs),
     (r"groups of (\d+)", lambda c: c.sample_images_per_prompt),
     (r"noise (?:level of )?([\d.]+)", lambda c: c.method_class.options_of(c).noise_level),
     (r"Flow-SDE at ([\d.]+)", lambda c: c.method_class.options_of(c).noise_level),
     (r"penalty of ([\de.-]+) to", lambda c: c.kl_weight),
     (r"^beta ([\d.]+);", lambda c: c.method_class.options_of(c).beta),
-    (r"(\d+) of 10 steps", lambda c: c.steps_per_sample),
+    (r"(\d+) of \d+ steps", lambda c: c.steps_per_sample),
     (r"(\d+) steps", lambda c: c.sample_num_steps),
     (r"(\d+) for the pictures that are compared", lambda c: c.look_steps),
     (r"pictures of (\d+) pixels", lambda c: c.height),
@@ -750,6 +753,24 @@ def test_numbers_that_the_papers_state():
     assert (rwr.samples_per_epoch, rwr.samples_per_update, rwr.steps_per_sample) == (10240, 128, 1)
     for name in (n for n in LITERATURE if "alignprop" in n):
         assert preset(name).train_learning_rate == 1e-3 and preset(name).samples_per_update == 128
+
+
+def test_numbers_that_the_scripts_of_dance_grpo_and_mix_grpo_state():
+    "Counted by their code: 12 pictures on each GPU, and an update after so many of them."
+    published = {"dance_grpo_flux": (16, 4, 3), "mix_grpo_flux": (32, 3, 4)}
+    for name, (gpus, accumulation, updates) in published.items():
+        c = preset(name, world=gpus)
+        assert (c.samples_per_epoch, c.samples_per_update) == (12, accumulation)
+        # max_train_steps counts rollouts
+        assert (c.updates_per_epoch, c.num_epochs) == (updates, 300)
+    dance, mix = map(preset, published)
+    # timestep_fraction 0.6 is of the 15 steps before the last, rounded down
+    assert (dance.steps_per_sample, dance.sample_num_steps, dance.seed) == (9, 16, 42)
+    assert (mix.steps_per_sample, mix.sample_num_steps, mix.seed) == (4, 25, 714)
+    # iters_per_group counts rollouts as well; multi_reward is HPS, ImageReward and PickScore
+    assert mix.method_class.options_of(mix).window_epochs == 25
+    names = {part.partition("(")[0] for _, part, _ in parse_sum(mix.reward_fn, "", "")}
+    assert names == {"hpsv2", "imagereward", "pickscore"}
 
 
 def test_how_deep_alignprop_goes():
@@ -840,6 +861,31 @@ def test_unknown_presets_are_named(tmp_path):
     (tmp_path / "own.yaml").write_text("inherits: tinny\nconfig: {}\n")
     with pytest.raises(ValueError, match="unknown preset 'tinny'"):
         preset(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, judges",
+    [
+        ("f(a=1, b=[2, 3]), redness", ["f(a=1, b=[2, 3])", "redness"]),
+        ("f({'a': [1, (2, 3)]}, 4),g", ["f({'a': [1, (2, 3)]}, 4)", "g"]),
+        ("f('a, b)'), g(\"it's, (\")", ["f('a, b)')", 'g("it\'s, (")']),
+        ("f(a, b", ["f(a, b"]),
+        ("a), b", ["a)", "b"]),
+        ("it's, b", ["it's", "b"]),
+    ],
+)
+def test_only_commas_between_judges_part_them(text, judges):
+    assert TrainConfig(eval_judges=text).judges == judges
+
+
+def test_more_than_are_remembered_cannot_be_asked_for():
+    few = dict(per_prompt_stat_tracking_buffer_size=8, per_prompt_stat_tracking_min_count=20)
+    with pytest.raises(ValueError, match="min_count is 20, but .*keeps 8 rewards .* at most 8"):
+        check_config(TrainConfig(**few))
+    off = TrainConfig(**few, per_prompt_stat_tracking=False)
+    assert check_config(off).method_class(off, (4, 8, 8))
+    few["per_prompt_stat_tracking_min_count"] = 8
+    assert check_config(TrainConfig(**few))
 
 
 def test_commas_in_brackets_do_not_part_judges():

@@ -4,11 +4,12 @@ import json
 import math
 import sys
 
+import flow_models
 import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import SMALL, numbers, random_model, small, whole_and_resumed
+from runs import SMALL, finished, numbers, random_model, small, whole_and_resumed
 from samples import randn
 from torch.distributions import Normal
 from torch.testing import assert_close
@@ -20,9 +21,10 @@ from ddpo_scratch.methods.base import Batch, find_method
 from ddpo_scratch.methods.dpo import D3PO, DPO, KTO, OfflineDPO, Pair, best_and_worst
 from ddpo_scratch.methods.dpo import d3po_loss, dpo_loss, encode_pictures, kto_loss, read_pairs
 from ddpo_scratch.methods.dpo import thumbs
+from ddpo_scratch.models.base import load
 from ddpo_scratch.models.sd import StableDiffusion
 from ddpo_scratch.rollout import generator_for, replay_log_prob, sample
-from ddpo_scratch.run.setup import setup
+from ddpo_scratch.run.setup import GroupStream, setup
 from ddpo_scratch.train import collect, train
 
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -268,6 +270,39 @@ def test_rows_without_a_label_teach_nothing(name):
     assert all(value == 0 for value in gauges.values())
 
 
+def half_tie(images, prompts, metadata):
+    "Let the pictures of every second group of four score the same."
+    rewards = images.mean((1, 2, 3))
+    return torch.where(torch.arange(len(rewards)) // 4 % 2 == 0, rewards, torch.zeros(()))
+
+
+@pytest.mark.parametrize("method", ["dpo(beta=300.0)", "kto(beta=300.0)", "d3po"])
+def test_gauges_are_means_over_labelled_rows_however_they_are_cut(method, tmp_path, monkeypatch):
+    "Micro-batches and updates hold some with a label and some without: rows count alike."
+    from ddpo_scratch.methods import dpo as room
+
+    fields = dict(method=method, sample_images_per_prompt=4, train_learning_rate=1e-2)
+    averaged, rows = room._gauges, {}
+    for size in (20, 4, 1):
+        seen = []
+
+        def told(counted, share, margin, seen=seen, **changes):
+            seen.append((counted.float(), margin))
+            return averaged(counted, share, margin, **changes)
+
+        monkeypatch.setattr(room, "_gauges", told)
+        config = small(tmp_path, train_micro_batch_size=size, num_epochs=1, **fields)
+        *_, last = train(config, reward_fn=half_tie)
+        counted, margin = map(torch.cat, zip(*seen))
+        assert counted.mean() == 0.5
+        pooled = (counted * margin).sum() / counted.sum()
+        assert last.metrics["margin"] == pytest.approx(pooled.item(), rel=1e-4)
+        rows[size] = last.metrics
+    for name in ("preferred", "margin", "winner_change", "gain"):
+        values = [row.get(name, 0.0) for row in rows.values()]
+        assert values[1:] == [pytest.approx(values[0], rel=1e-2, abs=1e-6)] * 2, name
+
+
 def test_a_pair_is_noised_alike_and_each_row_anew():
     method, denoiser = toy("dpo(beta=5.0)")
     batch, rollout = batch_of(method, denoiser, REWARDS, [0, 1])
@@ -303,6 +338,35 @@ def test_ktos_anchor_is_the_last_updates_mean_however_it_was_cut():
     assert whole.anchor == resumed.anchor == pytest.approx(parts.anchor, rel=1e-6)
     whole.draws(denoiser, 2, generator_for(3))
     assert whole.anchor == 0  # nothing was seen
+
+
+def seen_by_kto(folder, broken_at=0):
+    "Take one update by KTO, whose memory is full once at some call of the loss; say what it saw."
+    fields = dict(sample_batch_size=8, train_batch_size=8, sample_images_per_prompt=4)
+    fields |= dict(train_micro_batch_size=4, num_epochs=1, method="kto(beta=50.0)")
+    fields |= dict(sample_num_steps=2)
+    state = setup(small(folder, **fields), reward_fn="jpeg_compressibility_estimate")
+    with torch.no_grad():
+        for i, p in enumerate(state.params):
+            p += 0.1 * torch.randn(p.shape, generator=generator_for(i))
+    sizes, loss = [], state.method.loss
+
+    def breaking(denoiser, batch):
+        sizes.append(len(batch))
+        if len(sizes) == broken_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(denoiser, batch)
+
+    state.method.loss = breaking
+    finished(state)
+    assert set(sizes) == ({4, 2} if broken_at else {4})
+    return state.method.state_dict()["seen"]
+
+
+def test_ktos_anchor_counts_an_attempt_that_broke_off_once(tmp_path):
+    gain, count = seen_by_kto(tmp_path)
+    again = seen_by_kto(tmp_path, broken_at=4)
+    assert again[1] == count > 0 and again[0] == pytest.approx(gain, rel=1e-4)
 
 
 # Pairs of others.
@@ -387,6 +451,9 @@ def test_a_data_set_is_read_no_further_than_asked(monkeypatch):
     assert seen == [(("owner/name",), dict(split="validation", streaming=True))]
     assert [pair.prompt for pair in pairs] == ["fox 0", "fox 1", "fox 3"] and Stream.read == 4
     assert pairs[0].winner == pairs[1].loser == b"one"
+    # 0 is all, also where the first row is a tie
+    monkeypatch.setattr(Fake, "load_dataset", lambda *a, **k: Stream(rows(9)[2:]))
+    assert len(read_pairs("owner/name", first=0)) == 4
     monkeypatch.setattr(Fake, "load_dataset", lambda *a, **k: Stream([dict(caption="a fox")]))
     with pytest.raises(ValueError, match="has no column 'jpg_0': it has caption"):
         read_pairs("owner/name")
@@ -422,6 +489,27 @@ def test_encoded_pictures_are_those_that_diffusers_encodes():
     denoiser.pipe.vae.register_to_config(shift_factor=0.5)
     scale = denoiser.pipe.vae.config.scaling_factor
     assert_close(encode_pictures(denoiser, pictures), theirs - 0.5 * scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd35_medium", "flux_dev", "klein_base", "qwen"])
+def test_encoded_pictures_are_what_each_familys_decoder_is_given(name):
+    "Scaled back they are the autoencoder's own, and klein's are those of its pipeline."
+    denoiser = load(flow_models.folder(name), 1.0)
+    vae, (_, h, w) = denoiser.pipe.vae, denoiser.latent_shape
+    size = 3, denoiser.factor * h, denoiser.factor * w
+    pictures = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    x = 2 * pictures - 1
+    with torch.no_grad():
+        ours = encode_pictures(denoiser, pictures)
+        z = vae.encode(x[:, :, None] if name == "qwen" else x).latent_dist.mode()
+        assert ours.dtype == torch.float32 and ours.shape[1:] == denoiser.latent_shape
+        assert_close(denoiser.scaled(ours), z.squeeze(2), rtol=1e-4, atol=1e-5)
+        assert denoiser.decode(ours).shape == pictures.shape
+        if name == "klein_base":
+            theirs = denoiser.pipe._encode_vae_image(x, torch.Generator())
+            assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="give pictures of the size"):
+        encode_pictures(denoiser, pictures[..., : size[1] // 2, : size[2] // 2])
 
 
 # Configurations.
@@ -521,6 +609,19 @@ def test_fully_fine_tuned_in_half_precision_the_policy_begins_as_its_base_model(
     assert first.gauges[moved] == 0 != last.gauges[moved]
 
 
+@pytest.mark.parametrize("name, kl_weight", [("d3po", 0.0), ("rwr", 1.0)])
+def test_nobody_advises_to_save_a_pass_that_is_not_taken(name, kl_weight, tmp_path):
+    "These keep all states and no log-probs: in half precision nothing is computed again."
+    fields = dict(method=name, kl_weight=kl_weight, num_epochs=1, sample_num_steps=2)
+    fields |= dict(mixed_precision="bf16", train_micro_batch_size=3)
+    state, lines = setup(small(tmp_path, **fields)), []
+    state.progress.line = lines.append
+    finished(state)
+    assert not any("log-probs are computed again" in line for line in lines)
+    rollout = collect(state).rollout
+    assert rollout.log_probs.shape == (8, 0) and rollout.n_steps == 2 == rollout.xs.shape[1] - 1
+
+
 def test_rewards_are_told_the_prompts_of_the_pairs(table, tmp_path):
     told, metadata = [], []
 
@@ -538,6 +639,17 @@ def test_rewards_are_told_the_prompts_of_the_pairs(table, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(c, samples.rollout.c) if torch.is_tensor(a))
     chosen = state.method.chosen(state.starts(range(8)))
     assert told == [pair.prompt for pair, _ in chosen]
+
+
+@pytest.mark.parametrize("group, size", [(2, 1), (2, 3), (4, 2), (4, 1)])
+def test_pairs_stay_pairs_where_a_group_is_drawn_in_pieces(table, tmp_path, group, size):
+    "Else a winner would be compared with itself, or the two sides change places."
+    fields = dict(method=texts(table)["dpo_offline"], sample_images_per_prompt=group, num_epochs=1)
+    whole, pieces = (
+        collect(setup(small(tmp_path, **fields, sample_micro_batch_size=n), reward_fn="brightness"))
+        for n in (0, size)
+    )
+    torch.testing.assert_close(whole.rollout.xs, pieces.rollout.xs)
 
 
 SHARED = """
@@ -618,9 +730,18 @@ def test_offline_pairs_meet_whatever_batches_and_groups(table, tmp_path):
     denoiser = StableDiffusion.load("tiny", 1.0)
     method = OfflineDPO(config, denoiser.latent_shape)
     method.prepare(denoiser)
-    starts = [generator_for(0, k // 4, "start") for k in range(8)]
-    chosen = method.chosen(starts)
+
+    def starts(numbers):
+        "Open the streams of samples as a run does."
+        streams = [GroupStream() for _ in numbers]
+        for k, stream in zip(numbers, streams):
+            stream.manual_seed(k // 4)
+            stream.place = k % 4
+        return streams
+
+    chosen = method.chosen(starts(range(8)))
     assert [won for _, won in chosen] == [True, False] * 4
     assert all(chosen[k][0] is chosen[k + 1][0] for k in range(0, 8, 2))
-    again = method.chosen([generator_for(0, k // 4, "start") for k in range(4)])
-    assert again == chosen[:4]  # a smaller batch chooses the same
+    # smaller batches, within groups too, choose the same
+    assert method.chosen(starts(range(4))) == chosen[:4]
+    assert method.chosen(starts(range(3, 8))) == chosen[3:]

@@ -95,8 +95,18 @@ def test_a_run_that_has_not_finished_names_the_commands(tmp_path):
     for given in (DrawOptions(lora=(run,)), DrawOptions(model=run)):
         with pytest.raises(ValueError) as error:
             resolved(given)
-        assert f"'ddpo_train --resume_from {run}' goes on" in str(error.value)
-        assert f"'ddpo_train --resume_from {run} --num_epochs 10' writes" in str(error.value)
+        assert f"`ddpo_train --resume_from {run}` goes on" in str(error.value)
+        assert f"`ddpo_train --resume_from {run} --num_epochs 10` writes" in str(error.value)
+
+
+def test_a_folder_with_a_space_is_quoted_in_commands(tmp_path):
+    run = a_run(tmp_path / "my run", lora=False)
+    with pytest.raises(ValueError, match="and nothing of it is saved"):
+        resolved(DrawOptions(lora=(run,)))
+    (tmp_path / "my run/checkpoints/epoch_0002").mkdir(parents=True)
+    (tmp_path / "my run/checkpoints/epoch_0002/state.json").touch()
+    with pytest.raises(ValueError, match=f"`ddpo_train --resume_from '{run}'` goes on"):
+        resolved(DrawOptions(lora=(run,)))
 
 
 def test_loras_of_different_models_do_not_mix(tmp_path):

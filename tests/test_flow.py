@@ -131,17 +131,17 @@ def flow_grpo_step(x, v, t, t_next, second, a):
 def test_flow_sde_is_the_published_step(shift, n_steps, a):
     "At every step, the first (t = 1) and the last (t_next = 0) included: mean, std and log-prob."
     path = FlowPath(FlowMatchEulerDiscreteScheduler(shift=shift))
-    grid = path.grid(n_steps).float()
-    x, v, x_next = normal(3, 2, 4, 8, 8, dtype=torch.float32)
+    grid = path.grid(n_steps).double()
+    x, v, x_next = normal(3, 2, 4, 8, 8)
     for t, t_next in zip(grid[:-1], grid[1:]):
         mean, std = FlowSDE(a).mean_std(path, x, v, t, t_next)
         their_mean, their_std = flow_grpo_step(x, v, t, t_next, grid[1], a)
-        assert_close(mean, their_mean, atol=1e-6, rtol=1e-6)
-        assert_close(std, their_std.expand_as(std), atol=1e-6, rtol=1e-6)
+        assert_close(mean, their_mean, atol=1e-9, rtol=1e-9)
+        assert_close(std, their_std.expand_as(std), atol=1e-9, rtol=1e-9)
         drawn = their_mean + their_std * x_next
         theirs = torch.distributions.Normal(their_mean, their_std).log_prob(drawn).mean((1, 2, 3))
         # a log-prob divides by the std, which is 7e-4 at the last step
-        assert_close(gaussian_log_prob(drawn, mean, std), theirs, atol=1e-3 * a, rtol=1e-5)
+        assert_close(gaussian_log_prob(drawn, mean, std), theirs, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -215,6 +215,24 @@ def test_findings_ignore_gauges_that_were_not_measured():
     assert G.diagnose([], TrainConfig()) == ["no epoch was finished: there is nothing to read yet"]
 
 
+def test_a_picture_alone_has_no_advantage_and_that_is_what_is_said():
+    "Its reward may depend on the picture as much as it likes."
+    nan = float("nan")
+    rows = [row(epoch, grad_norm=0.0, own_statistics=0.0) for epoch in range(1, 6)]
+    alone = [
+        r | dict(reward_queries=r["epoch"], reward_std=std, advantage_spread=nan)
+        for r in rows
+        for std in ([nan, 0.0][r["epoch"] % 2],)
+    ]
+    (finding,) = G.diagnose(alone, TrainConfig())
+    assert "an epoch has one picture" in finding and "advantage is 0" in finding
+    assert "sample_batch_size" in finding and "depends on the picture" not in finding
+    several = G.diagnose(rows, TrainConfig())
+    assert any("depends on the picture" in finding for finding in several)
+    (finding,) = G.diagnose(alone, preset("tiny_alignprop"))
+    assert "differentiable all the way" in finding
+
+
 def test_samples_that_look_flat_are_no_finding_where_the_fixed_seeds_rise():
     flat = [row(e) | dict(reward_mean=-2.0 + 0.1 * (-1) ** e) for e in range(1, 13)]
     (finding,) = G.diagnose(flat, TrainConfig())

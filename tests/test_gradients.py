@@ -5,6 +5,7 @@ Adjoint Matching against the regression it is published as, and against Gaussian
 
 import contextlib
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 
 from ddpo_scratch.config import TrainConfig, check_config
 from ddpo_scratch.diffusion import Conditioning, Denoiser, GaussianDenoiser, Schedule
+from ddpo_scratch.flow import FlowPath
 from ddpo_scratch.methods.backprop import truncated_sample
 from ddpo_scratch.methods.base import find_method
 from ddpo_scratch.methods.gradients import (
@@ -247,6 +249,28 @@ def test_lean_adjoint_is_the_base_chains_gradient_and_not_the_policys(exact):
 
 def names(d):
     return {id(p): name for name, p in d.network.named_parameters()}
+
+
+def test_checkpointed_blocks_have_the_same_lean_adjoint():
+    "What is computed again in backward is the base model's, whose LoRA is off."
+    d, params = with_lora(torch.float64)
+    c, gradients = d.encode(["a fox"]), []
+    for again in (False, True):
+        if again:
+            d.bare.enable_gradient_checkpointing()
+        x0, kl = adjoint_sample(d, c, 3, 1.0, generators(1), [0, 2], **WIDE)
+        gradients.append(flat_grad(of(d)(x0) + kl.mean(), params))
+    assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_more_steps_than_have_a_density_are_refused_with_the_model():
+    "A flow's last step has no noise, which a configuration does not know."
+    flow, vp = (types.SimpleNamespace(path=path) for path in (FlowPath(), schedule()))
+    config = TrainConfig(method="adjoint(steps=4)", kl_weight=1.0, sample_num_steps=4, **BRIGHT)
+    method = find_method("adjoint")(check_config(config), (1,))
+    method.prepare(vp)
+    with pytest.raises(ValueError, match=r"of this model's 4 steps only 3 .* adjoint\(steps=3\)"):
+        method.prepare(flow)
 
 
 @pytest.mark.parametrize("steps", [[], [0, 4], [-1]])
@@ -564,6 +588,38 @@ def test_both_branches_pull_the_same_way(toy, inversion):
     x0, _ = method.chain(toy, toy.encode(["-"] * 8), generators(8), generator_for(0))
     # of Gaussian data eps falls as mu rises, so pictures are brighter with more of mu
     assert torch.autograd.grad(x0.sum(), toy.mu)[0].min() > 0
+
+
+class Straight(Denoiser):
+    "Predict velocity mu on a straight path, which begins with noise alone."
+
+    def __init__(self):
+        super().__init__()
+        self.path, self.latent_shape = FlowPath(), (3, 4, 4)
+        self.mu = torch.nn.Parameter(torch.zeros(3, 4, 4))
+
+    def encode(self, prompts):
+        return Conditioning(nothing=torch.zeros(len(prompts)))
+
+    def forward(self, x_t, t, c):
+        return (x_t + self.mu) / 2
+
+
+def test_inversion_does_not_go_where_no_picture_is_left():
+    d, n = Straight(), 32
+    config = TrainConfig(method="srpo(inversion=1.0)", sample_num_steps=4)
+    method = find_method("srpo")(config, d.latent_shape)
+    assert method._invertible(d.path).tolist() == [False, True, True, False]
+    x0, _ = method.chain(d, d.encode(["-"] * n), generators(n), generator_for(0))
+    assert x0.isfinite().all() and torch.autograd.grad(x0.sum(), d.mu)[0].isfinite().all()
+    # without a terminal signal a schedule begins so, too
+    abar = torch.linspace(0.99, 0.0, 100, **WIDE)
+    assert not method._invertible(
+        Schedule(abar, prediction_type="v_prediction", spacing="trailing")
+    )[0]
+    with pytest.raises(ValueError, match="t_next is a time of noise alone"):
+        t, t_next = torch.tensor([0.7]), torch.tensor([1.0])
+        direct_align(d, x0[:1], x0[:1], t, t_next, d.encode(["-"]))
 
 
 def test_levels_are_those_asked_for():

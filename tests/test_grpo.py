@@ -25,6 +25,7 @@ from ddpo_scratch.methods.grpo import (
     published_kl,
     sample_with_means,
 )
+from ddpo_scratch.run.gauges import diagnose
 from ddpo_scratch.run.plan import plan
 from ddpo_scratch.rollout import gaussian_log_prob, generator_for, policy, sample, step_kl
 
@@ -98,6 +99,13 @@ def test_advantages_are_clipped_and_equal_groups_counted():
     weights = made.weights([1.0, 1.0, 0.0, 9.0], ["a", "a", "b", "b"])
     assert weights.tolist()[:2] == [0, 0] and weights.abs().max() == 1
     assert made.epoch_gauges(["a", "a", "b", "b"])["equal_groups"] == 0.5
+
+
+def test_groups_are_equal_as_a_whole():
+    "A picture that is as good as its group's mean does not make a group equal."
+    made = method()
+    made.weights([1.0, 2.0, 3.0] * 2 + [5.0] * 2, list("aaabbbcc"))
+    assert made.equal_groups == 1 / 3
 
 
 # The ratio's theorem.
@@ -234,6 +242,21 @@ def test_dppo_leaves_out_what_is_far_and_would_go_further(ratio, advantage, far)
         assert_close((loss.item(), slope.item()), (expected, expected), rtol=1e-5, atol=1e-6)
 
 
+def test_dppo_counts_what_its_limit_holds_and_advises_a_larger_one():
+    denoiser, made = toy(), method("guard='dppo', limit=1e-9")
+    batch = batch_of(made, denoiser)
+    batch.weight[::2] = 0.0
+    assert made.loss(denoiser, batch)[1]["clip_fraction"] == 0
+    with torch.no_grad():
+        denoiser.mu += 0.1
+    share = made.loss(denoiser, batch)[1]["clip_fraction"].item()
+    assert 0 < share < 0.5
+    row = dict(epoch=1, reward_mean=0.0, reward_std=1.0, clip_fraction=0.9)
+    (found,) = [text for text in diagnose([row] * 6, made.config) if "clip_fraction" in text]
+    assert "a larger limit in flow_grpo(guard='dppo', limit=...)" in found
+    assert "train_clip_range" not in found
+
+
 def test_clip_ranges_and_limits_scale_with_the_latents():
     config = TrainConfig(method="flow_grpo(guard='guard')")
     assert_close(FlowGRPO(config, (16, 64, 64)).clip_range, 4e-6)
@@ -320,6 +343,7 @@ def test_a_group_begins_with_one_noise_only_where_it_is_asked_to():
         ("window_share=0.0", {}, "window_share is 0"),
         ("", dict(sample_images_per_prompt=1), "set it to 2 or more"),
         ("", dict(sample_eta=2.0), "sample_eta is 2"),
+        ("drop_last=True", dict(sample_num_steps=1), "drop_last leaves nothing"),
         ("beta=1", {}, "flow_grpo.*no beta|beta"),
     ],
 )
@@ -393,6 +417,29 @@ def test_sliding_windows_move_every_few_epochs_and_begin_again():
     )
     first = [found[0] for found in windows(made, 9)]
     assert first == [0, 0, 1, 1, 2, 2, 0, 0, 1]
+
+
+@pytest.mark.parametrize("rule", ["cps", "ddim", "flow_sde"])
+@pytest.mark.parametrize("kind", ["drawn", "sliding"])
+def test_windows_end_at_the_last_step_with_noise(kind, rule):
+    "On a flow the last step of CPS and DDIM has none."
+    made = method(f"rule={rule!r}, window={kind!r}, window_epochs=1", train_timestep_fraction=0.2)
+    flow, found = FlowToy(), []
+    made.prepare(flow)
+    for _ in range(40):
+        made.before_epoch(flow)
+        found.append(made.steps(flow.path).tolist())
+        made.after_epoch(flow)
+    assert all(b == a + 1 for a, b in found)
+    assert {b for _, b in found} == set(range(1, 10 if rule == "flow_sde" else 9))
+
+
+def test_a_window_that_cannot_move_on_this_model_is_refused_with_it():
+    made = method("rule='cps', window='drawn', noise_level=0.5", train_timestep_fraction=0.9)
+    with pytest.raises(ValueError, match="with cps only the first 9 of this model's 10 steps"):
+        made.prepare(FlowToy())
+    with pytest.raises(ValueError, match=r"CPS\(a=0.7\) draws no noise in any step"):
+        method("rule='cps'", sample_num_steps=1).prepare(FlowToy())
 
 
 # Runs.

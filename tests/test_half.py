@@ -180,3 +180,25 @@ def test_a_compiled_network_keeps_its_blocks_and_adapters(monkeypatch):
 def test_committed_counts_are_a_third_less():
     counts = json.loads((ROOT / "benchmarks" / "operators.json").read_text())["operators"]
     assert counts["bf16"] < 2 / 3 * counts["bf16 under autocast"]
+
+
+def test_a_model_is_used_again_in_another_precision(tmp_path):
+    "What accelerate puts around a network stayed: a later run in float32 computed in bfloat16."
+    from ddpo_scratch.run.setup import setup
+
+    model = load(random_model())
+    with torch.no_grad():
+        want = asked_without_guidance(model)
+        for precision in ("bf16", "no", "bf16"):
+            config = small(tmp_path, use_lora=False, mixed_precision=precision, kl_weight=0.1)
+            state = setup(config, denoiser=model)
+            answers = [asked_without_guidance(state.denoiser)]
+            with state.denoiser.reference():
+                answers.append(asked_without_guidance(state.denoiser))
+            assert [torch.equal(x, want) for x in answers] == [precision == "no"] * 2
+
+
+def asked_without_guidance(denoiser):
+    denoiser.guidance_scale = 1.0
+    x = torch.randn(2, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+    return denoiser(x, 500, denoiser.encode(["a cat", "a dog"]))

@@ -567,3 +567,23 @@ def test_models_of_another_shape_and_of_another_kind_are_no_start(fresh, folders
     assert torch.equal(predict(denoiser), before)
     with pytest.raises(ValueError, match="holds a whole model, and a LoRA is to be trained: give"):
         denoiser.trainable(2, start_from=folders("sd15"))
+
+
+def test_a_number_that_a_deleted_lora_left_is_not_given_twice(tiny, tmp_path):
+    trained(tiny, tmp_path)
+    pipe = sd.load_pipeline()
+    lora.load_lora(pipe, tmp_path)
+    lora.load_lora(pipe, tmp_path)
+    pipe.delete_adapters("default_0")
+    lora.load_lora(pipe, tmp_path)
+    assert lora.adapters(pipe.unet) == ["default_1", "default_2"]
+
+
+def test_a_reference_in_a_reference_does_not_end_it(tiny, tmp_path):
+    before = predict(tiny)
+    trained(tiny, tmp_path)
+    with tiny.reference():
+        with tiny.reference():
+            pass
+        assert torch.equal(predict(tiny), before)
+    assert not torch.equal(predict(tiny), before)

@@ -201,6 +201,22 @@ def test_passes_are_those_that_are_taken(text, kl_weight):
     assert denoiser.passes["free"] == 8 * (training - differentiated)
 
 
+@pytest.mark.parametrize("name", ["awm", "ram"])
+def test_a_penalty_follows_its_reference_and_the_loss_stays_with_the_base_model(name):
+    judges = "brightness + 0*redness"
+    shaping = "gardo(diversity=False, refresh=1)"
+    fields = dict(sample_num_steps=1, kl_weight=0.1, reward_fn=judges, reward_shaping=shaping)
+    method, denoiser, batch = fresh(name, **fields)
+    before = losses_of(method, denoiser, batch)
+    assert method.penalty(denoiser, batch) > 1e-3
+    method.anchor_here(denoiser)
+    denoiser.passes.update(free=0, differentiated=0)
+    assert_close(losses_of(method, denoiser, batch), before)
+    assert method.penalty(denoiser, batch) < 1e-12
+    _, training, differentiated = type(method).passes(method.config)
+    assert denoiser.passes["free"] == 8 * (training - differentiated)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_at_the_old_weights_the_penalty_is_zero_and_others_stay(name):
     method, denoiser, batch = fresh(name)

@@ -217,3 +217,26 @@ def test_our_own_reading_and_writing_shows_no_bars(tmp_path, capfd):
     finally:
         for log, was in zip(logs, shown):
             (log.enable_progress_bar if was else log.disable_progress_bar)()
+
+
+def test_a_model_that_is_no_longer_that_of_its_place_is_asked_for_again():
+    "A run on a fused LoRA was filed as its base model, and resumed on that."
+    from ddpo_scratch.named import name_of, was_passed
+
+    own = base.load("tiny")
+    assert name_of(own) == "tiny"
+    own.trainable(2)
+    assert name_of(own) == "tiny"  # a LoRA is what a run trains
+    fused = base.load("tiny")
+    with torch.no_grad():
+        fused.bare.conv_in.weight.mul_(1.01)
+    assert was_passed(name_of(fused)) and fused.name == "tiny"
+    with pytest.raises(ValueError, match="was passed from Python .* pass it again as denoiser="):
+        base.load(name_of(fused))
+    for name in ("owner/model(...)", "/some/folder(...)"):
+        with pytest.raises(ValueError, match="was passed from Python"):
+            base.find_model(name)
+    wrapped = sd.StableDiffusion(sd.load_pipeline("tiny"))
+    assert name_of(wrapped) == "tiny"
+    wrapped.resize(128, 64)
+    assert was_passed(name_of(wrapped))

@@ -23,7 +23,7 @@ from ddpo_scratch.named import (
     registered,
 )
 from ddpo_scratch.prompts import SOURCES
-from ddpo_scratch.rewards.base import REWARDS
+from ddpo_scratch.rewards.base import REWARDS, Reward, WeightedSum, get_reward, target_color
 
 # now: `here` forgets what a test has imported, and torch cannot be imported in part again
 importlib.import_module("ddpo_scratch.train")
@@ -213,7 +213,14 @@ def test_a_name_finds_the_thing_or_says_that_it_cannot(thing):
         ("my.py:fox - dir/my.py:owl + my.py:fox", ["my.py:fox", "dir/my.py:owl"]),
         ("ddpo_scratch.cli.commands:os.system('x')", ["ddpo_scratch.cli.commands:os.system"]),
         ("evil:Den.run", ["evil:Den.run"]),
-        ("fox('os:system')", []),
+        ("fox('os:system')", ["os:system"]),
+        ("fox('os.system', 3)", ["os:system"]),
+        ("fox(of='owl + 2*my.py:owl', n=1)", ["my.py:owl"]),
+        ("owl - fox(['bear', ('wolf', 'my.py:owl')])", ["my.py:owl"]),
+        ("fox({'os:system': 1, 'bear': {'a': 'my.py:owl'}})", ["os:system", "my.py:owl"]),
+        ("fox('owl(\\'bear(\\\\\\'my.py:owl\\\\\\')\\')')", ["my.py:owl"]),
+        ("fox('a bear: brown', 'sky:blue', 'model.safetensors', 'owner/name')", []),
+        ("fox('http://a.b:80/x', 'C:/x.pt', 'my.py', 'a, b', '', 'prompts.json')", []),
         ("prompts.txt", []),
         ("prompts.jsonl", []),
         ("data/prompts.txt", []),
@@ -224,6 +231,21 @@ def test_a_name_finds_the_thing_or_says_that_it_cannot(thing):
 )
 def test_what_a_text_would_import(text, names):
     assert outside(text) == names
+
+
+def test_what_is_nested_too_deep_to_be_read_counts_as_code():
+    "Another reader may have more room on its stack."
+    assert outside("-" * 5000 + "my.py:fox")
+    assert outside(f"fox({'-' * 5000 + 'my.py:fox'!r})")
+
+
+def test_a_name_in_an_argument_is_code_where_there_is_a_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert outside("fox('evil.red', 'weights.pt', __main__)") == []  # no literal
+    assert outside("fox('evil.red', 'weights.pt')") == []
+    (tmp_path / "evil.py").write_text("open('ran', 'w')\n")
+    assert outside("fox('evil.red', 'weights.pt')") == ["evil:red"]
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("text", ["prompts.txt", "prompts.csv", "my:json"])
@@ -492,3 +514,55 @@ def test_a_misspelt_reward_is_refused_before_any_of_the_folder_is_imported():
     assert done.returncode == 0, done.stderr
     assert "no reward called 'pikscore'; did you mean pickscore or" in done.stdout
     assert done.stdout.endswith("['ddpo_scratch.rewards.base']\n")
+
+
+def brightness(images, prompts):
+    return -images.mean((1, 2, 3))
+
+
+class Judge(Reward):
+    name = "aesthetic"
+
+    def __init__(self, strength=1):
+        self.strength = strength
+
+    def __call__(self, images, prompts, metadata):
+        return self.strength * images.mean((1, 2, 3))
+
+
+def test_a_name_of_this_package_stands_for_nothing_else():
+    "Resumed, a run went on silently with another reward of the same name."
+    from ddpo_scratch.prompts import common_animals, from_list, get_prompt_fn
+    from ddpo_scratch.rewards.models import HPSv2
+    from ddpo_scratch.rewards.ocr import OCR
+
+    here = __name__
+    assert name_of(get_reward(brightness)) == f"{here}:brightness"
+    assert name_of(WeightedSum({brightness: 1, "redness": -0.1})) == (
+        f"{here}:brightness - 0.1*redness"
+    )
+    assert name_of(Judge()) == f"{here}:Judge" and name_of(Judge(2)) == f"{here}:Judge(2)"
+    assert name_of(Judge(strength=math.hypot)) == f"{here}:Judge(...)"
+    assert name_of(HPSv2()) == "hpsv2" and name_of(HPSv2("v2.1")) == "hpsv2('v2.1')"
+    assert name_of(OCR(reader=len)) == "ocr(...)" and name_of(OCR()) == "ocr"
+    assert name_of(from_list(["a"])).endswith(":Prompts(...)")
+    assert name_of(get_prompt_fn("common_animals")).endswith("(...)")
+    assert name_of(common_animals) == "common_animals"
+    assert name_of("brightness") == "brightness"
+
+
+SAYABLE = [
+    *("hpsv2('v2.1')", "tiny_clip_score", "tiny_aesthetic", "target_color((1, 0.5, 0))"),
+    *("relative('tiny_clip_score', 'a', 'b')", "-redness + 0.5*target_color('teal')"),
+    "redness - 2.0*(blueness + 0.3*brightness)",
+]
+
+
+@pytest.mark.parametrize("text", SAYABLE)
+def test_what_a_text_made_is_called_so(text):
+    if "(blueness" in text:
+        made = WeightedSum([(1, "redness"), (-2, get_reward("blueness + 0.3*brightness"))])
+    else:
+        made = get_reward(text)
+    assert name_of(made) == text and callable(get_reward(text))
+    assert name_of(target_color("orange")) == "target_color('orange')"

@@ -5,11 +5,17 @@ import re
 import sys
 
 import pytest
+import torch
+from runs import small
 
 from ddpo_scratch.run import plan as room
 from ddpo_scratch.config import TrainConfig, preset, preset_names
+from ddpo_scratch.methods.base import PolicyCopy
 from ddpo_scratch.models.base import sizes
+from ddpo_scratch.rollout import generator_for
 from ddpo_scratch.run.plan import describe, memory, plan, suggest_presets
+from ddpo_scratch.run.setup import setup
+from ddpo_scratch.train import collect, micro_batches, minibatches
 
 T4 = ("NVIDIA T4", 15e9)
 SD1, SDXL = (
@@ -39,6 +45,13 @@ DIFFERENTIABLE = dict(reward_fn="jpeg_compressibility_estimate")
         dict(method="rwr", train_timestep_fraction=0.5, train_num_inner_epochs=2),
         dict(method="alignprop", backprop_steps="3", **DIFFERENTIABLE),
         dict(method="alignprop", backprop_steps="2", kl_weight=0.1, **DIFFERENTIABLE),
+        dict(
+            method="alignprop",
+            backprop_steps="2",
+            kl_weight=0.1,
+            backprop_checkpointing=True,
+            **DIFFERENTIABLE,
+        ),
         dict(method="draft_lv", draft_lv_copies=3, **DIFFERENTIABLE),
         dict(method="flow_grpo(drop_last=True)"),
     ],
@@ -475,3 +488,87 @@ def test_what_is_not_known_is_not_guessed():
     assert "not estimated: the sizes of 'no/such-model-known' are not known" in describe(config)
     known = describe(dataclasses.replace(config, model="tiny"))
     assert describe(config).splitlines()[1:7] == known.splitlines()[1:7]
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize("method", ["ddpo_is", "nft", "ram", "awm", "awm(decay=0.3)"])
+def test_copies_of_the_policy_are_in_the_memory(method, use_lora, tmp_path):
+    "As many bytes as the weights that a method holds beside the trained ones."
+    fields = dict(method=method, use_lora=use_lora)
+    state = setup(small(tmp_path, **fields))
+    held = [c for c in vars(state.method).values() if isinstance(c, PolicyCopy)]
+    trained = sum(p.numel() for p in state.params)
+    copied = sum(w.numel() for copy in held for w in copy.weights)
+    planned = parts(**fields)
+    assert planned["old policies"] / planned["gradients"] == copied / trained
+
+
+def test_a_reference_that_is_renewed_is_in_the_memory():
+    fields = dict(use_lora=False, kl_weight=0.1)
+    shaping = "gardo(refresh=2)"
+    assert parts(**fields)["old policies"] == 0
+    renewed = parts(**fields, reward_shaping=shaping)
+    assert renewed["old policies"] == renewed["gradients"]
+
+
+def saved_bytes(run):
+    "Add up what autograd keeps of what runs, each tensor once."
+    kept = {}
+
+    def pack(x):
+        kept[x.data_ptr(), x.numel()] = x.numel() * x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = run()
+    return sum(kept.values()), out
+
+
+def held_by_a_micro_batch(tmp_path, **fields):
+    "Measure what a micro-batch's backward pass holds."
+    state = setup(small(tmp_path, train_micro_batch_size=4, **fields))
+    samples = collect(state)
+    index, steps, _ = minibatches(state, 0)[0]
+    draws = state.method.draws(state.denoiser, steps.numel(), generator_for(0))
+    batch = micro_batches(state, samples, index, steps, draws)[0]
+
+    def run():
+        loss = state.method.loss(state.denoiser, batch)[0].mean()
+        return loss + (state.method.penalty(state.denoiser, batch) if fields["kl_weight"] else 0)
+
+    return saved_bytes(run)[0]
+
+
+def held_by_a_chain(tmp_path, **fields):
+    "Measure what a differentiable method's chain of steps holds."
+    state = setup(small(tmp_path, sample_batch_size=4, **fields))
+    c = state.denoiser.encode(state.prompts(list(range(4)))[0])
+    noise, generator = state.noise(list(range(4))), generator_for(0)
+    return saved_bytes(lambda: state.method.chain(state.denoiser, c, noise, generator))[0]
+
+
+@pytest.mark.parametrize(
+    "method, measure, fields",
+    [
+        ("ddpo_is", held_by_a_micro_batch, {}),
+        ("flow_grpo", held_by_a_micro_batch, {}),
+        ("awm", held_by_a_micro_batch, {}),
+        ("alignprop", held_by_a_chain, dict(backprop_steps="2") | DIFFERENTIABLE),
+        (
+            "alignprop",
+            held_by_a_chain,
+            dict(backprop_steps="2", backprop_checkpointing=True) | DIFFERENTIABLE,
+        ),
+    ],
+)
+def test_a_penaltys_own_pass_is_in_the_memory(method, measure, fields, tmp_path):
+    "Twice the activations where the policy is asked once more, and as many where it is not."
+    fields = dict(method=method) | fields
+    without, penalised = (measure(tmp_path, kl_weight=kl, **fields) for kl in (0.0, 0.1))
+    plans = [TrainConfig(kl_weight=kl, **fields) for kl in (0.0, 0.1)]
+    planned = room._held(plans[1]) / room._held(plans[0])
+    assert planned in (1, 2)
+    if not fields.get("backprop_checkpointing"):  # nearly nothing is held on the way forward
+        assert penalised / without == pytest.approx(planned, rel=0.15)
+    before, after = (memory(config)["activations"] for config in plans)
+    assert (after > before) == (planned == 2)

@@ -451,6 +451,30 @@ def test_functions_without_a_generator_or_metadata(fn):
     assert now == states
 
 
+def test_looks_show_the_metadata_that_training_gives():
+    "A list of prompts without metadata: what a draw says of them is not made up."
+    from ddpo_scratch.evaluate import spread_prompts
+
+    def told(generator):
+        return "a fox", {"noun": "fox"}
+
+    def silent(generator):
+        return "a fox"
+
+    for fn, metadata in ((told, {"noun": "fox"}), (silent, {})):
+        fn.prompts = ["a fox", "an owl"]
+        source = prompts.get_prompt_fn(fn)
+        assert source(seeded(0)) == ("a fox", metadata)
+        assert spread_prompts(source, 4)[1] == [metadata] * 4
+        assert prompts.all_prompts(source) == fn.prompts
+        assert source.draws_tell is bool(metadata)
+    assert spread_prompts(source, 4)[0] == ["a fox", "a fox", "an owl", "an owl"]
+    silent.metadata = [{"n": 1}, {"n": 2}]
+    assert spread_prompts(prompts.get_prompt_fn(silent), 2)[1] == silent.metadata
+    lines = prompts.get_prompt_fn("from_list(['a fox', 'an owl'])")
+    assert spread_prompts(lines, 2)[1] == [{"line": 0}, {"line": 1}] and not lines.draws_tell
+
+
 def test_a_function_that_uses_its_generator_draws_as_before():
     for i in range(5):
         key = (0, 3, i, "prompt")

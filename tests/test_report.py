@@ -75,6 +75,19 @@ def test_report_has_every_part_and_ignores_evaluations_after_its_last_epoch(tmp_
     assert report["difference"]["se"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "n, height, width, size", [(4, 64, 128, (768, 120)), (5, 30, 20, (768, 600))]
+)
+def test_the_animation_keeps_the_shape_of_pictures(n, height, width, size):
+    images = torch.zeros(n, 3, height, width)
+    images[:, :, : height // 2] = 1
+    frame = R._frame(images, "")
+    assert frame.size == size
+    white = (np.asarray(frame)[24:, 0] == 255).all(-1).sum()
+    rows = -(-n // 4)
+    assert white == rows * round(192 * height / width / 2)
+
+
 def test_pictures_are_wide_enough(tmp_path):
     folder = finished(tmp_path / "run", n=5, evaluated=(0, 1, 3))
     R.write_report(folder, TrainConfig(), "quiet")
@@ -402,7 +415,9 @@ def test_the_example_is_neither_the_best_nor_the_worst(tmp_path):
     save_look(folder, 0, 5, judges=dict(clip=torch.zeros(5)))
     save_look(folder, 3, 5, judges=dict(clip=scores))
     R.write_report(folder, TrainConfig())
-    assert 'pipe("animal 3", ' in readme(folder) and "ddpo_sample 'animal 3'" in readme(folder)
+    assert 'pipe(prompt="animal 3", ' in readme(folder) and "ddpo_sample 'animal 3'" in readme(
+        folder
+    )
 
 
 class FakeApi:

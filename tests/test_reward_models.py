@@ -1261,9 +1261,11 @@ def test_beyond_this_machine_a_token_is_needed(host, monkeypatch):
         llava_server(say_yes, port=0, host=host)
 
 
-@pytest.mark.parametrize("token, status", [("secret", 200), ("wrong", 401), (None, 401)])
-def test_the_token(token, status, monkeypatch):
-    monkeypatch.setenv("LLAVA_TOKEN", "secret")
+@pytest.mark.parametrize("secret", ["secret", "schlüssel €"])
+@pytest.mark.parametrize("token, status", [("", 200), ("wrong", 401), ("wröng", 401), (None, 401)])
+def test_the_token(token, status, secret, monkeypatch):
+    monkeypatch.setenv("LLAVA_TOKEN", secret)
+    token = secret if token == "" else token
     with serving(say_yes) as url:
         if token:
             monkeypatch.setenv("LLAVA_TOKEN", token)

@@ -337,7 +337,7 @@ def as_in_flow_grpo(images, prompts, metadata, only_strict=True):
     return images.mean((1, 2, 3)).numpy(), {}
 
 
-def named_otherwise(pixels, words=None, rest=None):
+def named_otherwise(pixels, words, rest):
     assert words == ["a fox"] * len(pixels) and rest == [{}] * len(pixels)
     return pixels.mean((1, 2, 3))
 
@@ -1280,3 +1280,102 @@ def test_what_a_scorer_tells_of_its_reward():
     scorers = [Scorer(r) for r in ("redness", "jpeg_compressibility", plain, Constant())]
     assert [s.name for s in scorers] == ["redness", "jpeg_compressibility", "plain", "constant"]
     assert [s.differentiable for s in scorers] == [True, False, True, False]
+
+
+def optional_prompts(images, prompts=None):
+    return torch.full((len(images),), float(bool(prompts)))
+
+
+def prompts_by_name(images, *, prompts=None):
+    return torch.full((len(images),), float(bool(prompts)))
+
+
+def prompts_after_an_option(images, scale=1.0, prompts=None):
+    return torch.full((len(images),), scale * bool(prompts))
+
+
+def all_by_name(*, images, prompts, metadata):
+    return optional_prompts(images, prompts)
+
+
+def in_another_order(prompts, images, metadata):
+    return optional_prompts(images, isinstance(prompts, list))
+
+
+def a_mask_is_no_prompt(images, mask=None, scale=None):
+    assert mask is None and scale is None
+    return torch.ones(len(images))
+
+
+class Brightness(torch.nn.Module):
+    def forward(self, images):
+        return torch.ones(len(images))
+
+
+SPOKEN = [optional_prompts, prompts_by_name, prompts_after_an_option, all_by_name]
+SPOKEN += [in_another_order, a_mask_is_no_prompt, Brightness()]
+
+
+@pytest.mark.parametrize("fn", SPOKEN, ids=lambda f: getattr(f, "__name__", "module"))
+def test_what_a_reward_names_it_is_given_and_nothing_else(fn):
+    assert compute_rewards(fn, *args(pictures()))[0].eq(1).all()
+    assert compute_rewards(get_reward(fn), *args(pictures()))[0].eq(1).all()
+
+
+def test_makers_of_three_arguments(tmp_path):
+    file = tmp_path / "makers.py"
+    file.write_text("""
+def score(images, prompts, metadata):
+    return images[:, 0].mean((1, 2))
+
+def color(red, green, blue):
+    return score
+
+def options(strength=None, color=None, k=None):
+    return score
+""")
+    for call in ("color(1, 0, 0)", "options(color='red')", "options"):
+        assert get_reward(f"{file}:{call}").__name__ == "score"
+    with pytest.raises(ValueError, match="is a reward already: write it without brackets"):
+        get_reward(f"{file}:score(1, 2, 3)")
+
+
+def test_rewards_in_two_threads_leave_the_process_as_it_was(tmp_path):
+    "The second remembered what the first had changed for a moment, and put that back."
+    here, inside, left = os.getcwd(), threading.Event(), threading.Event()
+
+    def score(images, prompts, metadata):
+        if prompts[0] == "first":
+            with contextlib.chdir(tmp_path):
+                torch.set_default_dtype(torch.float64)
+                inside.set()
+                time.sleep(0.2)
+                torch.set_default_dtype(torch.float32)
+            left.set()
+        else:
+            left.wait(10)
+            time.sleep(0.1)
+        return torch.zeros(len(images))
+
+    with base.RewardWorkers(score, 2) as workers:
+        first = workers.submit(pictures(), ["first"] * len(pictures()), args(pictures())[2])
+        assert inside.wait(10)
+        second = workers.submit(*args(pictures()))
+        first.result(), second.result()
+    assert os.getcwd() == here and torch.get_default_dtype() == torch.float32
+
+
+def test_workers_that_are_cancelled_twice():
+    go = threading.Event()
+
+    def score(images, prompts, metadata):
+        go.wait(10)
+        return images.mean((1, 2, 3))
+
+    workers = base.RewardWorkers(score, 2)
+    workers.submit(*args(pictures()))
+    time.sleep(0.1)
+    workers.close(cancel=True)
+    workers.close(cancel=True)
+    go.set()
+    workers.close()

@@ -14,6 +14,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from ddpo_scratch.diffusion import DDIM, Conditioning, Denoiser, GaussianDenoiser, ddim_mean_std
+from ddpo_scratch.flow import CPS, FlowDDIM, FlowPath
 from ddpo_scratch.methods.ppo import importance_ratio, ppo_loss
 from ddpo_scratch.models.sd import StableDiffusion, load_pipeline
 from ddpo_scratch.rollout import (
@@ -557,6 +558,15 @@ def test_trainable_steps(changes, dropped, eta, n):
 def test_trainable_steps_errors(eta, message):
     with pytest.raises(ValueError, match=message):
         trainable_steps(schedule(), 10, eta)
+
+
+def test_a_rule_without_noise_is_told_apart_from_an_eta_of_zero():
+    "With eta 1 a flow's only step has no noise, which a larger eta would not change."
+    for rule, words in ((1.0, r"DDIM\(eta=1.0\)"), (CPS(0.8), r"CPS\(a=0.8\)")):
+        with pytest.raises(ValueError, match=f"{words} draws no noise in any step .* more steps"):
+            trainable_steps(FlowPath(), 1, rule)
+    with pytest.raises(ValueError, match="use eta > 0"):
+        trainable_steps(FlowPath(), 4, FlowDDIM(0.0))
 
 
 def test_a_step_without_density_draws_nothing_and_has_no_gradient():

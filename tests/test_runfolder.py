@@ -586,3 +586,22 @@ def test_how_to_go_on_repeats_what_a_file_cannot_ask_for(tmp_path):
         state = mini(tmp_path, name=f"run-{number}", num_epochs=9, **fields)
         train_to(state, 1)
         assert F._again(state) == f"--resume_from {state.folder}{more}"
+
+
+def test_how_to_go_on_can_be_pasted(tmp_path):
+    import shlex
+    from types import SimpleNamespace
+
+    from ddpo_scratch.config import TrainConfig
+
+    folder = tmp_path / "it's my run"
+    state = SimpleNamespace(folder=folder, config=TrainConfig(eval_judges="redness, my.py:red"))
+    assert shlex.split(F._again(state, 3)) == [
+        "--resume_from",
+        str(folder),
+        "--num_epochs",
+        "3",
+        "--trust",
+    ]
+    state.config = TrainConfig(reward_fn="__main__:score")
+    assert F._again(state).count(f'"{folder}"') == 2

@@ -333,7 +333,7 @@ def test_files_that_fit_nothing_say_so(tmp_path):
     ):
         save_file(found, tmp_path / "other.safetensors")
         with pytest.raises(ValueError, match=message):
-            lora.read_lora(fresh().pipe, tmp_path / "other.safetensors")
+            lora.read_lora(base.load(folder("sd35_medium")).pipe, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="already has a LoRA"):
         denoiser.trainable(2, 2)
     with pytest.raises(ValueError, match=r"has rank 2, alpha 2, targets attention, .* rank 4"):
@@ -520,3 +520,15 @@ def test_commands_work_on_a_folder(tmp_path, monkeypatch, capsys):
     drawn = ["a fox", "--lora", str(tmp_path / "a"), "--num_steps", "2", "--out", str(tmp_path)]
     assert cli.ddpo_sample(drawn) == 0
     assert (tmp_path / "a_fox-0-0.png").is_file()
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_alphas_beside_keys_without_a_prefix(prefix, tmp_path):
+    denoiser = base.load(folder("sd35_medium"))
+    denoiser.trainable(2, 8)
+    denoiser.save(tmp_path)
+    tensors = load_file(tmp_path / "comfyui.safetensors")
+    named = {prefix + key.removeprefix("transformer."): t for key, t in tensors.items()}
+    save_file(named, tmp_path / "other.safetensors")
+    read = lora.read_lora(base.load(folder("sd35_medium")).pipe, tmp_path / "other.safetensors")
+    assert {alpha for _, _, alpha in read.layers.values()} == {8.0}

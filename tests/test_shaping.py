@@ -247,6 +247,8 @@ def test_bad_input(call, words):
         (dict(GATED, reward_shaping="gardo(refresh=-1)"), "a number of epochs, or 0"),
         (dict(reward_shaping="ranks", method="refl", reward_fn="brightness"), "follows the grad"),
         (dict(reward_shaping="gdpo(", reward_fn=SUM), "bracket"),
+        (dict(reward_shaping="ranks", sample_images_per_prompt=1), "ranks, which compares"),
+        (dict(reward_shaping="gdpo", reward_fn=SUM, sample_images_per_prompt=1), "set it to 2"),
     ],
 )
 def test_configurations_that_cannot_be_shaped(fields, words):

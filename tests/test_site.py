@@ -689,6 +689,30 @@ def test_page_in_browser(browser, built, url, page):
     assert browser.js("probe.scrolling()") == [], "code that does not wrap on a telephone"
 
 
+@pytest.mark.parametrize(
+    "printed, is_table",
+    [
+        ("method     saved    named\nAWM         39.9      8%", True),
+        ("a reward of 1.5\n  and of 2.5", False),
+        ("one line    of columns", False),
+    ],
+)
+def test_printed_columns_are_known(printed, is_table):
+    raw = f'<div class="cell-output cell-output-stdout">\n<pre><code>{printed}</code></pre>\n</div>'
+    found = furnish.tables(raw)
+    assert ("columns" in found.partition(">")[0]) == is_table and printed in found
+
+
+def test_printed_tables_scroll_on_a_telephone(browser, url):
+    browser.open(url + "book/results.html")
+    browser.page.set_viewport_size({"width": 390, "height": 800})
+    heights = browser.js(
+        "[...document.querySelectorAll('.columns pre code')].map(e => "
+        "e.getBoundingClientRect().height / e.textContent.split('\\n').length)"
+    )
+    assert heights and max(heights) < 25, "a line takes more than one"
+
+
 def lightness(colour):
     return sum(map(int, re.findall(r"\d+", colour)[:3]))
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from ddpo_scratch import steering
 from ddpo_scratch.diffusion import GaussianDenoiser
 from ddpo_scratch.evaluate import fixed_seed_images
+from ddpo_scratch.flow import FlowPath
 from ddpo_scratch.methods.backprop import truncated_sample
 from ddpo_scratch.models.sd import StableDiffusion, load_pipeline
 from ddpo_scratch.rewards.base import Reward, Scorer
@@ -182,6 +183,15 @@ def test_mistakes_are_refused(f, options, words):
     given = dict(denoiser=toy((3, 2, 2)), prompts=["a", "b"], reward="brightness", n_steps=4)
     with pytest.raises(ValueError, match=words):
         f(**(given | options))
+
+
+@pytest.mark.parametrize("n_steps, most", [(2, 1), (4, 2), (10, 6), (20, 13)])
+def test_a_sampler_whose_last_step_has_no_noise_takes_fewer_scores(n_steps, most):
+    path = FlowPath()
+    for n_scores in range(most + 1, n_steps + 1):
+        with pytest.raises(ValueError, match=f"this sampler draws no noise.* of at most {most}$"):
+            steering._scored_steps(path, 1.0, n_steps, n_scores)
+    assert len(steering._scored_steps(path, 1.0, n_steps, most)) == most - 1
 
 
 def test_a_deterministic_sampler_is_fine_where_nothing_is_resampled():

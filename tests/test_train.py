@@ -390,6 +390,38 @@ def test_an_update_is_repeated_by_halves_where_the_memory_is_full(tmp_path, fiel
     assert saved.train_micro_batch_size == 5, "a resumed run goes on with it"
 
 
+def simulate_a_gpu(monkeypatch, free=10**9):
+    "Let torch answer for a GPU's memory, of which nothing is in use."
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *a: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (free, free))
+
+
+@pytest.mark.parametrize("most, here", [(1, True), (0, True), (9, False)])
+def test_a_size_that_is_measured_is_one_where_two_do_not_fit(tmp_path, monkeypatch, most, here):
+    "On this process or on another: all agree. What does not fit at all is said by the update."
+    state = setup(small(tmp_path, train_micro_batch_size="auto"))
+    samples = collect(state)
+    index, steps, _ = module.minibatches(state, 0)[0]
+    lines = holds(state, most)
+    simulate_a_gpu(monkeypatch)
+    if not here:
+        monkeypatch.setattr(type(state.engine), "any", lambda self, flag: True)
+    config = state.config
+    assert module._measured(state, samples, index, steps) == 1
+    assert lines == ["two transitions do not fit the memory at a time: it is one"]
+    assert state.config == config and all(p.grad is None for p in state.params)
+
+
+def test_a_size_that_is_measured_is_more_than_one_where_there_is_room(tmp_path, monkeypatch):
+    state = setup(small(tmp_path, train_micro_batch_size="auto"))
+    samples = collect(state)
+    lines = holds(state, 2)
+    simulate_a_gpu(monkeypatch)
+    assert module._measured(state, samples, *module.minibatches(state, 0)[0][:2]) > 1 and not lines
+
+
 def test_samples_are_drawn_by_halves_where_the_memory_is_full(tmp_path):
     plain, state = (setup(small(tmp_path, **BRIGHT)) for _ in range(2))
     plain = collect(plain)
@@ -653,6 +685,37 @@ def test_looks_are_spread_over_the_prompts(tmp_path):
     assert len(set(spread_prompts(source, 5, 0)[0])) == 5
 
 
+@pytest.mark.parametrize("fields", [{}, dict(method="alignprop", sample_batch_size=8)], ids=str)
+def test_looks_score_no_more_pictures_at_a_time_than_training(tmp_path, fields):
+    "A reward that fits a batch of training fits a look; what scores each alone gives the same."
+    lists, seen = {}, []
+
+    def narrow(images, prompts, metadata):
+        assert len(images) == len(prompts) == len(metadata)
+        seen.append(len(images))
+        lists.update(dict(zip(prompts, metadata)))
+        return images.mean((1, 2, 3))
+
+    fields = dict(sample_batch_size=4, train_batch_size=4, eval_num_images=9) | fields
+    whole = look(setup(small(tmp_path, **fields | BRIGHT)))
+    state = setup(small(tmp_path, **fields), reward_fn=narrow)
+    parts = look(state)
+    # in like parts, none of which is a picture alone
+    assert seen == [3, 3, 3] and len(lists) == 9
+    assert parts["eval_reward_mean"] == pytest.approx(whole["eval_reward_mean"], abs=1e-6)
+    saved = torch.load(state.folder / "eval" / "epoch_0000.pt")
+    means = saved["images"].float().mean((1, 2, 3)) / 255  # of rounded pixels
+    torch.testing.assert_close(saved["rewards"], means, atol=1e-4, rtol=0)
+
+
+def test_a_single_picture_has_no_spread(tmp_path, recwarn):
+    fields = dict(sample_batch_size=1, train_batch_size=1, num_epochs=1)
+    folder = fit(small(tmp_path, **fields, **BRIGHT))
+    (row,) = read_metrics(folder)
+    assert row["reward_std"] == row["advantage_spread"] == 0
+    assert not [w for w in recwarn if "degrees of freedom" in str(w.message)]
+
+
 def test_looking_changes_no_number_of_training(tmp_path):
     rows = {}
     for name, freq in (("blind", 0), ("looks", 1)):
@@ -675,6 +738,17 @@ def test_the_first_look_is_at_the_base_model_even_after_training(tmp_path):
     look(fresh)
     assert state.eval_start == pytest.approx(fresh.eval_start, abs=1e-6)
     assert abs(look(state)["eval_reward_mean"] - state.eval_start) > 1e-4
+
+
+def test_the_first_look_is_at_the_weights_that_training_starts_from(tmp_path):
+    "Not at the base model's: a gain is of this training alone."
+    lora = fit(small(tmp_path, train_learning_rate=1e-2, lora_alpha=8, **BRIGHT))
+    fields = dict(eval_num_images=3, lora_alpha=8, **BRIGHT)
+    onward = setup(small(tmp_path / "onward", start_from=str(lora), **fields))
+    first, second = (look(onward)["eval_reward_mean"] for _ in range(2))
+    assert first == onward.eval_start == pytest.approx(second, abs=1e-6)
+    base = setup(small(tmp_path / "base", **fields))
+    assert abs(look(base)["eval_start"] - first) > 1e-4
 
 
 def test_looks_of_a_run_are_pairs_after_resuming_too(tmp_path):
@@ -728,6 +802,22 @@ def test_gauges_are_for_those_who_ask(tmp_path, capsys):
     fit(small(tmp_path, run_name="a", num_epochs=1), verbose=True)
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1/1: "))
     assert "approx_kl" in line and "8 scored pictures" in line
+
+
+@pytest.mark.parametrize(
+    "trained_on, judges, left",
+    [
+        ("brightness + 0.5*redness", "redness, blueness", {"blueness"}),
+        ("brightness - redness", "brightness - 2*redness, blueness", {"blueness"}),
+        ("brightness + 0*redness", "redness, blueness", {"redness", "blueness"}),
+        ("brightness + target_color('red')", "target_color('red'), target_color('teal')", {"teal"}),
+        ("redness", "redness, 2*redness, redness + blueness", {"redness + blueness"}),
+    ],
+)
+def test_a_part_of_the_reward_is_no_judge(tmp_path, trained_on, judges, left):
+    fields = dict(reward_fn=trained_on, eval_judges=judges, eval_num_images=2)
+    found = setup(small(tmp_path, **fields)).judges
+    assert {"teal" if "teal" in name else name for name in found} == left
 
 
 def test_a_look_is_on_disk_at_once_with_its_judges(tmp_path):
@@ -789,7 +879,8 @@ def test_passed_prompts_and_models_are_named_too(tmp_path):
     assert "foxes" in state.config.prompt_fn and state.config.model == "tiny"
     assert state.prompts([0, 1])[0] == ["a fox", "a fox"]
     reward = find_reward("0.5*brightness - redness")
-    assert setup(small(tmp_path), reward_fn=reward).config.reward_fn == reward.name
+    written = setup(small(tmp_path), reward_fn=reward).config.reward_fn
+    assert written == "0.5*brightness - redness" and find_reward(written).name == reward.name
 
 
 # Weights are checked, not only outputs.

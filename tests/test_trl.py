@@ -955,3 +955,87 @@ def test_two_processes_stay_one_model(kind, tmp_path):
     here, folder = str(Path(__file__).parent), str(tmp_path / "run")
     script.write_text(TWO.format(here=here, folder=folder, model=random_model()))
     processes.run(script, kind, world=2, ACCELERATE_USE_CPU="true")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_models_that_were_saved_in_half_precision_draw(precision, use_lora, tmp_path):
+    "transformers keeps what it reads in half precision, and diffusers does not."
+    from diffusers import StableDiffusionPipeline
+
+    t = ddpo(tmp_path, pipe=pipeline("tiny", use_lora=use_lora), mixed_precision=precision)
+    before = {n: (p.dtype, id(p)) for n, p in t.sd_pipeline.unet.named_parameters()}
+    t.save_model(tmp_path / "saved")
+    after = {n: (p.dtype, id(p)) for n, p in t.sd_pipeline.unet.named_parameters()}
+    assert before == after
+    plain = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    plain.set_progress_bar_config(disable=True)
+    parts = (plain.unet, plain.vae, plain.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert plain("a cat", num_inference_steps=1, output_type="pt").images.isfinite().all()
+
+
+def test_models_that_load_are_asked_for_a_lora(tmp_path, monkeypatch):
+    import shutil
+
+    import huggingface_hub.constants
+
+    from ddpo_scratch.trl import pipeline as module
+
+    cache, commit = tmp_path / "models--owner--tiny", "0" * 40
+    shutil.copytree(TINY, cache / "snapshots" / commit)
+    for revision in ("main", "v2"):
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / revision).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(TINY, tmp_path / "run/pipeline")
+    (tmp_path / "one.safetensors").touch()
+    names = ["owner/tiny", "owner/tiny@v2", str(tmp_path / "one.safetensors"), "~/run"]
+    assert [module._has_lora(name, "main") for name in names] == [False] * 4
+    file = module._LORA_FILE
+    (cache / "snapshots" / commit / file).touch()
+    (tmp_path / "run/pipeline" / file).touch()
+    assert [module._has_lora(name, "main") for name in names] == [True, True, False, True]
+
+
+def test_a_model_is_used_again_in_another_precision(tmp_path):
+    "The first trainer's casts stayed around the U-Net."
+    pipe = pipeline(use_lora=False)
+    x, n = torch.randn(1, *pipe.denoiser.latent_shape), pipe.unet.config.cross_attention_dim
+    words = torch.randn(1, 4, n)
+    with torch.no_grad():
+        want = pipe.unet(x, 500, words).sample
+        ddpo(tmp_path / "half", pipe=pipe, mixed_precision="bf16")
+        assert not torch.equal(pipe.unet(x, 500, words).sample, want)
+        ddpo(tmp_path / "whole", pipe=pipe)
+        assert torch.equal(pipe.unet(x, 500, words).sample, want)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_lora_that_is_trained_further_is_not_rounded(precision, tmp_path):
+    t, folder = ddpo(tmp_path), str(tmp_path / "saved")
+    t.train(1)
+    t.save_model(folder)
+    again = ddpo(tmp_path / "more", pipe=pipeline(folder), mixed_precision=precision)
+    assert same(again.trainable_layers, t.trainable_layers)
+
+
+def test_each_of_two_trainers_counts_for_itself(tmp_path):
+    "accelerate holds one number of steps for the process, and one precision."
+    fields = dict(sample_num_batches_per_epoch=2, train_batch_size=1)
+    first = ddpo(tmp_path / "1", pipe=pipeline(use_lora=False), mixed_precision="bf16", **fields)
+    ddpo(tmp_path / "4", train_gradient_accumulation_steps=4, **fields)
+    with first.autocast():
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+    first.train(1)
+    assert first.global_step == 4
+
+
+def test_statistics_by_prompt_begin_where_a_run_is_resumed(tmp_path):
+    ddpo(tmp_path, num_epochs=1).train()
+    tracked = dict(per_prompt_stat_tracking=True)
+    again = ddpo(tmp_path, num_epochs=2, resume_from=str(tmp_path), **tracked)
+    assert again.first_epoch == 1 and again.stat_tracker.state_dict()

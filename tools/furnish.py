@@ -93,6 +93,23 @@ def api_headings(text):
     return text
 
 
+COLUMNS = re.compile(r"\S {3,}\S")
+
+
+def tables(text):
+    "Let printed columns scroll by themselves where they are wider than the window: others wrap."
+
+    def output(match):
+        columns = sum(bool(COLUMNS.search(line)) for line in match[2].splitlines())
+        if columns < 2:
+            return match[0]
+        # a box that scrolls has a place for the keyboard
+        return f'<div class="{match[1]} columns">\n<pre tabindex="0"><code>{match[2]}</code></pre>'
+
+    pattern = r'<div class="(cell-output cell-output-stdout)">\s*<pre><code>(.*?)</code></pre>'
+    return re.sub(pattern, output, text, flags=re.S)
+
+
 SEARCH = ('class="smalldocs-search', 'class="site-search')
 # (an attribute that smalldocs writes, what stands in its place): names, and places for a keyboard
 ATTRIBUTES = (
@@ -121,7 +138,7 @@ ATTRIBUTES = (
 
 def furnished(text, up, bar=""):
     "Return a rendered page with what it lacks; `up` leads to the site's root."
-    text = api_headings(text)
+    text = tables(api_headings(text))
     text, narrow = contents(text)
     text = text.replace(*SEARCH)
     for old, new in ATTRIBUTES:

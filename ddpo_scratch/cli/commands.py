@@ -6,7 +6,7 @@
 __all__ = ['GROUPS', 'Asked', 'Layers', 'parse_train', 'ddpo_train', 'SampleOptions', 'ddpo_sample', 'EvalOptions', 'ddpo_eval',
            'main']
 
-# %% ../../nbs/library/47_cli.ipynb #e8b09459
+# %% ../../nbs/library/47_cli.ipynb #f404ee5c
 import dataclasses
 import functools
 import itertools
@@ -24,6 +24,7 @@ from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from ddpo_scratch.config import (
     MAIN_JOB,
+    Preset,
     TrainConfig,
     check_config,
     preset,
@@ -213,7 +214,7 @@ def _tell(*words):
     if os.environ.get("RANK", "0") == "0":
         print(*words, flush=True)
 
-# %% ../../nbs/library/47_cli.ipynb #8e9e41ab
+# %% ../../nbs/library/47_cli.ipynb #777bae0e
 _QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"")
 _PATH = re.compile(r"[\w./\\~-]+:[A-Za-z_]\w*|\b[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 # what get_prompt_fn reads as a file of prompts before it parses a name
@@ -222,10 +223,13 @@ _DATA = (".txt", ".jsonl", ".csv")
 
 def _code_in(field, text):
     "List what a field's text would import from outside of the package."
-    is_file = text.endswith(_DATA) or Path(text).expanduser().is_file()
+    is_file = text.endswith(_DATA) or os.path.isfile(os.path.expanduser(text))
     if field == "prompt_fn" and is_file:
         return []
-    return outside(text) or _PATH.findall(_QUOTED.sub("''", text))
+    # judges are a list: each is read by itself, as the run reads it
+    texts = TrainConfig(eval_judges=text).judges if field == "eval_judges" else [text]
+    names = [name for one in texts for name in outside(one)]
+    return names or _PATH.findall(_QUOTED.sub("''", text))
 
 # %% ../../nbs/library/47_cli.ipynb #f2ba436c
 _CODE_FIELDS = ("reward_fn", "prompt_fn", "eval_judges")
@@ -288,15 +292,16 @@ def _own_names(text):
         return []  # whoever reads it in earnest says why it cannot be read
     return [name for name in names if ":" not in name and not name.endswith(".py")]
 
-# %% ../../nbs/library/47_cli.ipynb #1b201889
+# %% ../../nbs/library/47_cli.ipynb #ef69b737
 @dataclass(frozen=True, kw_only=True)
 class Layers:
     "What lies under the options of a training run, and how it is started."
 
     # where unset options come from: a name of --list presets, or a FILE.yaml of your own, which
     # may build on another one with 'inherits: NAME'
-    preset: Annotated[str, Mark(metavar="NAME", default="tiny, or one that fits the model")] = ""
-    # a YAML file of fields, which may name a preset; options given here win over it
+    preset: Annotated[str, Mark(metavar="NAME", default=f"{MAIN_JOB}, or what fits the rest")] = ""
+    # a YAML file of fields, which may name a preset; options given here win over it. Its numbers
+    # are those of each process, or of all of them where the fields stand under 'config:'
     config: Annotated[str, Mark(metavar="FILE")] = ""
     # check names and files, print what the run comes to and the memory that it needs, and stop
     dry_run: bool = False
@@ -356,7 +361,7 @@ def _train_parser():
         suggest_fields,
     )
 
-# %% ../../nbs/library/47_cli.ipynb #e398bccf
+# %% ../../nbs/library/47_cli.ipynb #44dc2a60
 def _processes(world):
     "Say how many processes a run has: as given, or as the launcher says."
     return world or int(os.environ.get("WORLD_SIZE", 1))
@@ -367,13 +372,13 @@ _OWN_NUMBERS = ("sampling", "updates", "the method")
 _OWN_WORDS = {"seed"}
 
 
-def _fitting_preset(model, given):
+def _fitting_preset(model, given, tell):
     "Choose a preset for a model where none was named, and say which."
     if model == TrainConfig.model:
         own = set().union(*(GROUPS[name] for name in _OWN_NUMBERS))
         numbers = own & (set(given) - _OWN_WORDS)
         if numbers and "method" not in given:
-            _tell(
+            tell(
                 f"{', '.join(sorted(numbers))} given: the method is {TrainConfig.method}, with "
                 f"TrainConfig's numbers (--preset {MAIN_JOB} keeps those of the main job)"
             )
@@ -390,33 +395,46 @@ def _fitting_preset(model, given):
             f"name one, such as --preset {', '.join(some)}, or --preset tiny (--list presets)"
         )
     more = f"; others: {', '.join(names[1:3])}" if names[1:] else ""
-    _tell(f"--preset {names[0]} is taken, which fits {model}{more}")
+    tell(f"--preset {names[0]} is taken, which fits {model}{more}")
     return names[0]
 
 
-def _configured(layers, given):
-    "Lay what was given over a file, over the run that is resumed or a preset."
-    fields = read_fields(layers.config) if layers.config else {}
-    name = layers.preset or fields.get("preset", "")
-    fields.pop("preset", None)
-    in_file = set(fields)
-    fields |= given
-    if fields.get("resume_from"):
-        from ddpo_scratch.run.checkpoint import find_checkpoint
+def _resumed(layers, fields, given):
+    "Lay what was given over a file, over the run that is resumed: a configuration, and its file."
+    from ddpo_scratch.run.checkpoint import find_checkpoint
 
-        logdir = fields.get("logdir", TrainConfig.logdir)
-        name = find_checkpoint(fields["resume_from"], logdir)
-        config = read_config(name, **fields | dict(resume_from=str(name)))
-        name = name / "config.yaml"
+    logdir = fields.get("logdir", TrainConfig.logdir)
+    place = find_checkpoint(fields["resume_from"], logdir)
+    own = read_fields(layers.config, _processes(layers.world)) if layers.config else {}
+    own.pop("preset", None)
+    return read_config(place, **own | given | dict(resume_from=str(place))), place / "config.yaml"
+
+
+def _laid(layers, given, tell=_tell):
+    "Lay what was given over a file, over a run or a preset: a configuration, and field -> file."
+    in_file = read_fields(layers.config) if layers.config else {}
+    name, world = layers.preset or in_file.get("preset", ""), _processes(layers.world)
+    in_file.pop("preset", None)
+    fields = in_file | given
+    if fields.get("resume_from"):
+        config, name = _resumed(layers, fields, given)
+    elif layers.config and Preset.is_form_of(layers.config):
+        config = preset(layers.config, world, layers.preset, **given)
+        name = name or layers.config
     else:
-        name = name or _fitting_preset(fields.get("model", TrainConfig.model), fields)
-        config = preset(name, _processes(layers.world), **fields)
+        name = name or _fitting_preset(fields.get("model", TrainConfig.model), fields, tell)
+        config = preset(name, world, **fields)
+    return config, lambda field: layers.config if field in in_file else str(name)
+
+
+def _configured(layers, given):
+    "Lay what was given over a file, over the run that is resumed or a preset, and check it."
+    config, origin = _laid(layers, given)
     for field in _CODE_FIELDS:
         if not (layers.trust or field in given):
-            origin = layers.config if field in in_file else str(name)
-            _trusted(field, getattr(config, field), origin, f"--{field}")
+            _trusted(field, getattr(config, field), origin(field), f"--{field}")
     if not layers.trust:
-        _asked_for(config, given, layers.config if "push_to_hub" in in_file else str(name))
+        _asked_for(config, given, origin("push_to_hub"))
     _check_names([config.reward_fn, *_judges(config)], [config.prompt_fn])
     return check_config(config)
 
@@ -520,7 +538,16 @@ def _closing_lines(folder, config, prompt):
             f"{shlex.quote(str(folder))} --stop_gain {2 * config.stop_gain:g}"
         )
 
-# %% ../../nbs/library/47_cli.ipynb #157148b5
+# %% ../../nbs/library/47_cli.ipynb #17dae361
+def _shown_defaults(layers, given):
+    "Say for help what would run: name -> value; where a word is wrong, what runs without one."
+    try:
+        config = _laid(layers, given, tell=lambda *words: None)[0]
+    except (ValueError, OSError):
+        config = preset(layers.preset or MAIN_JOB)
+    return dataclasses.asdict(config)
+
+
 def _example_prompt(config):
     "Choose a prompt for the command that draws: the first one of the run's list."
     from ddpo_scratch.prompts import get_prompt_fn
@@ -540,10 +567,8 @@ def ddpo_train(
     parser = _train_parser()
     given = parser.read(args)
     layers, fields = _split(given)
-    if {"help", "help_all"} & set(given):
-        name = layers.preset or "tiny"
-        return 0 if _answered(parser, given, dataclasses.asdict(preset(name))) else 2
-    if _answered(parser, given):
+    wants_help = {"help", "help_all"} & set(given)
+    if _answered(parser, given, _shown_defaults(layers, fields) if wants_help else None):
         return 0
     config, world = _configured(layers, fields), _processes(layers.world)
     if layers.dry_run:
@@ -757,14 +782,17 @@ def _of_evaluation(options):
     )
     return resolved(dataclasses.replace(options, **places))
 
-# %% ../../nbs/library/47_cli.ipynb #1f4609c1
+# %% ../../nbs/library/47_cli.ipynb #2034c3c2
 def _shuffled_prompts(name, n):
     "Take n prompts of a list with their metadata, in a fixed random order."
     import torch
 
+    from ddpo_scratch.evaluate import spread_prompts
     from ddpo_scratch.prompts import all_prompts, get_prompt_fn
 
     source = get_prompt_fn(name)  # once: a source may be a download
+    if source.draws_tell:
+        return spread_prompts(source, n)
     prompts = all_prompts(source)
     metadata = source.metadata or [{}] * len(prompts)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
@@ -801,7 +829,7 @@ def _tell_amount(denoiser, options):
         line += f"; drawing takes about {spoken(_seconds(denoiser, n, options))}"
     print(line, flush=True)
 
-# %% ../../nbs/library/47_cli.ipynb #f6682db2
+# %% ../../nbs/library/47_cli.ipynb #d3c167c5
 def _measure(denoiser, name, rewards, options):
     "Draw and score one list: pictures, prompts and a summary."
     import torch
@@ -811,12 +839,15 @@ def _measure(denoiser, name, rewards, options):
 
     prompts, metadata = _shuffled_prompts(name, options.n)
     images = draw(denoiser, prompts, options)
-    scores = {}
+    scores, n = {}, options.batch_size
     for text, reward in rewards.items():
-        with torch.no_grad():
-            on_device = images.to(denoiser.device)
-            values = compute_rewards(reward, on_device, prompts, metadata)[0]
-        summary = summarize(images, values.cpu())
+        values = []
+        for k in range(0, len(images), n):  # no more at a time than are drawn
+            some = images[k : k + n].to(denoiser.device)
+            with torch.no_grad():
+                scored, _ = compute_rewards(reward, some, prompts[k : k + n], metadata[k : k + n])
+            values.append(scored.cpu())
+        summary = summarize(images, torch.cat(values))
         unit = getattr(reward, "unit", "")
         scores[text] = dict(mean=summary["reward_mean"], se=summary["reward_se"], unit=unit)
     return images, prompts, dict(n=options.n, pixel_std=summary["pixel_std"], rewards=scores)

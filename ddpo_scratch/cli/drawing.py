@@ -6,10 +6,11 @@
 __all__ = ['quiet_libraries', 'DrawOptions', 'run_of', 'resolved', 'mix_loras', 'denoiser_of', 'draw', 'draw_best',
            'unknown_words', 'enlarged', 'write_pictures', 'write_sheet']
 
-# %% ../../nbs/library/46_drawing.ipynb #59788064
+# %% ../../nbs/library/46_drawing.ipynb #f3f72c7c
 import dataclasses
 import json
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class DrawOptions:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the weights
     batch_size: PositiveInt = 16  # pictures drawn at a time; bounds memory, changes no picture
 
-# %% ../../nbs/library/46_drawing.ipynb #8efe207a
+# %% ../../nbs/library/46_drawing.ipynb #53d90eed
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -80,10 +81,10 @@ def _unfinished(folder, missing):
     "Say how a run that was stopped is made to leave what it has learnt."
     names = [path.parent.name for path in Path(folder).glob("checkpoints/*/state.json")]
     epochs = [int(match[1]) for name in names if (match := re.fullmatch(r"epoch_(\d+)", name))]
-    words = f"'ddpo_train --resume_from {folder}"
+    words = f"ddpo_train --resume_from {shlex.quote(str(folder))}"
     way = ", and nothing of it is saved"
     if epochs:
-        way = f": {words}' goes on, {words} --num_epochs {max(epochs)}' writes what is there"
+        way = f": `{words}` goes on, `{words} --num_epochs {max(epochs)}` writes what is there"
     return ValueError(f"no {missing} in {str(folder)!r}, whose run has not finished{way}")
 
 
@@ -91,7 +92,8 @@ def _checked_run(folder, run):
     "Raise a ValueError where a run's folder has no LoRA to draw with."
     if not run.use_lora:
         raise ValueError(
-            f"{str(folder)!r} trained the whole network and has no LoRA: give --model {folder}"
+            f"{str(folder)!r} trained the whole network and has no LoRA: give --model "
+            f"{shlex.quote(str(folder))}"
         )
     if not any((Path(folder) / place / _LORA_FILE).is_file() for place in ("", "lora")):
         raise _unfinished(folder, "LoRA")

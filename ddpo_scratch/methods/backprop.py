@@ -248,7 +248,7 @@ class Backprop(Method):
         "Keep no trajectory: each update draws its own."
         return 0
 
-# %% ../../nbs/derivations/08_backprop.ipynb #cef8f752
+# %% ../../nbs/derivations/08_backprop.ipynb #7332ff51
 class AlignProp(Backprop):
     "Differentiate the last K steps (AlignProp, arXiv 2310.03739; DRaFT-K, arXiv 2309.17400)."
 
@@ -279,7 +279,10 @@ class AlignProp(Backprop):
         k = sum(k * p for k, p in cls._probabilities(config).items())
         penalised = config.kl_weight > 0
         again = config.backprop_checkpointing or config.gradient_checkpointing
-        return config.sample_num_steps - k, k * (1 + 2 * penalised + again), k * (1 + penalised)
+        # a penalty asks policy and base model; what is computed again is both, or the policy alone
+        asked = 2 + (2 if config.backprop_checkpointing else config.gradient_checkpointing)
+        training = k * (1 + again + penalised * asked)
+        return config.sample_num_steps - k, training, k * (1 + penalised)
 
     @classmethod
     def depth(cls, config) -> int:  # network passes
@@ -290,9 +293,12 @@ class AlignProp(Backprop):
         "Draw pictures whose last K steps have a gradient; take the KL penalty on the way."
         n_steps, penalties = self.config.sample_num_steps, []
         k = draw_k(k_rule(self.config.backprop_steps, n_steps), n_steps, generator)
+        again = self.config.backprop_checkpointing
+        # its step would hold activations, too: with the base model's answer it is done again
+        divergence = partial(torch_checkpoint, step_kl, use_reentrant=False) if again else step_kl
 
         def penalise(x_t, t, t_next):
-            penalties.append(step_kl(denoiser, x_t, t, t_next, c, self.rule).mean())
+            penalties.append(divergence(denoiser, x_t, t, t_next, c, self.rule).mean())
 
         x0 = truncated_sample(
             denoiser,
@@ -301,7 +307,7 @@ class AlignProp(Backprop):
             self.rule,
             generators,
             k,
-            checkpoint=self.config.backprop_checkpointing,
+            checkpoint=again,
             visit=penalise if self.config.kl_weight else None,
         )
         gauges = dict(k=torch.tensor(float(k), device=x0.device))

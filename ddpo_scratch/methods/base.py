@@ -83,7 +83,7 @@ class Batch:
             return penalties.mean()
         return (penalties * self.kl_share.to(penalties)).mean()
 
-# %% ../../nbs/library/20_methods.ipynb #b6efe880
+# %% ../../nbs/library/20_methods.ipynb #605acfcc
 class Method:
     "Turn scored samples into gradients; subclass it in a room of its own."
 
@@ -193,6 +193,11 @@ class Method:
             )
 
     @classmethod
+    def looser(cls, config) -> str:  # the end of a sentence
+        "Say what lets the policy go further from the one that drew the samples."
+        return "a larger train_clip_range (0 scales the literature's to the model)"
+
+    @classmethod
     def findings(cls, late, rows, config) -> Iterator:  # of str
         "Yield what this method's gauges say, for `gauges.diagnose`; `late` has their last means."
         return ()
@@ -220,7 +225,7 @@ class Method:
         c,  # Conditioning of b samples
         generators,  # b CPU generators, a stream for each sample
         dtype=torch.float32,  # of the stored latents
-        starts=None,  # b CPU generators, a stream for each group of pictures that share a prompt
+        starts=None,  # b GroupStreams, one stream for the pictures that share a prompt
     ) -> Rollout:  # of b samples
         "Draw samples without a gradient."
         return sample(denoiser, c, self.config.sample_num_steps, self.rule, generators, dtype)

@@ -6,10 +6,11 @@
 __all__ = ['dpo_loss', 'kto_loss', 'd3po_loss', 'best_and_worst', 'thumbs', 'Pair', 'read_pairs', 'encode_pictures', 'Preference',
            'DPO', 'OfflineDPO', 'KTO', 'D3PO']
 
-# %% ../../nbs/derivations/12_preference.ipynb #4df89f2f
+# %% ../../nbs/derivations/12_preference.ipynb #a2fe6a61
 import dataclasses
 import importlib.util
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..advantage import as_rewards
-from ..diffusion import Conditioning, widen
+from ..diffusion import Conditioning
 from .base import Denoising
 from ..prompts import from_file
 from ..rollout import Rollout, step_log_prob, trainable_steps
@@ -126,7 +127,7 @@ class Pair(NamedTuple):
     winner: object  # a picture's file, or the bytes of one
     loser: object
 
-# %% ../../nbs/derivations/12_preference.ipynb #c2c86be2
+# %% ../../nbs/derivations/12_preference.ipynb #cff895d8
 def _from_file(source, first):
     "Read pairs from a file, whose paths start from its folder."
     listed, folder = from_file(source), Path(source).expanduser().parent
@@ -182,7 +183,7 @@ def _streamed(source, split, first):
     for row in rows:
         if pair := _of_row(row, source):
             pairs.append(pair)
-        if len(pairs) == first:
+        if first and len(pairs) == first:
             break
     return pairs
 
@@ -199,25 +200,44 @@ def read_pairs(
         raise ValueError(f"read_pairs: {source!r} holds no pair with a winner")
     return pairs
 
-# %% ../../nbs/derivations/12_preference.ipynb #3b84d2e5
+# %% ../../nbs/derivations/12_preference.ipynb #650f3843
+def _unscaled(denoiser, z):
+    "Turn `denoiser.scaled` round, which scales, shifts and perhaps moves each number of a latent."
+    n, shape = math.prod(denoiser.latent_shape), denoiser.latent_shape
+    probes = torch.stack([torch.zeros(n), torch.ones(n), torch.arange(n)]).view(3, *shape)
+    zero, one, numbered = denoiser.scaled(probes.double())
+    if z.shape[1:] != zero.shape:
+        raise ValueError(
+            f"encode_pictures: the autoencoder gives {tuple(z.shape[1:])}, but the decoder reads "
+            f"{tuple(zero.shape)}: give pictures of the size that the model draws"
+        )
+    place = ((numbered - zero) / (one - zero)).round().long().flatten()
+    x0 = torch.empty(len(z), n, dtype=torch.float64)
+    x0[:, place] = ((z.cpu().double() - zero) / (one - zero)).flatten(1)
+    return x0.view(-1, *shape).to(z.device, torch.float32)
+
+
 def encode_pictures(
     denoiser,  # Denoiser whose pipe has an autoencoder
     pictures,  # (b, 3, h, w) in [0, 1], of the size that it draws
 ) -> Tensor:  # (b, *latent) float32 latents whose `decode` looks like the pictures
     "Encode pictures, each as the mean of its latents: what `decode` turns back."
     vae = getattr(getattr(denoiser, "pipe", None), "vae", None)
-    if vae is None:
+    if vae is None or not hasattr(denoiser, "scaled"):
         raise ValueError(
-            f"encode_pictures: {type(denoiser).__name__} has no autoencoder (pipe.vae), so "
-            "pictures of others cannot be trained on: use the online method"
+            f"encode_pictures: {type(denoiser).__name__} has no autoencoder (pipe.vae, and scaled "
+            "for its latents), so pictures of others cannot be trained on: use the online method"
         )
     parts = pictures.split(getattr(denoiser, "decode_batch", None) or len(pictures))
-    x = (2 * part.to(denoiser.device, vae.dtype) - 1 for part in parts)
+    # an autoencoder of films, such as Qwen-Image's, reads pictures as films of one frame
+    films = any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
+    z = []
     with torch.no_grad():
-        z = torch.cat([vae.encode(part).latent_dist.mode() for part in x])
-    # Stable Diffusion 3 and later shift latents too
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (widen(z) - shift) * vae.config.scaling_factor
+        for part in parts:
+            x = 2 * part.to(denoiser.device, vae.dtype) - 1
+            mode = vae.encode(x.unsqueeze(2) if films else x).latent_dist.mode()
+            z.append(mode.squeeze(2) if films else mode)
+    return _unscaled(denoiser, torch.cat(z))
 
 # %% ../../nbs/derivations/12_preference.ipynb #a9e74c72
 def _opened(picture, height, width):
@@ -229,12 +249,13 @@ def _opened(picture, height, width):
         image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
-# %% ../../nbs/derivations/12_preference.ipynb #793cb943
-def _gauges(counted, margin, **changes):
+# %% ../../nbs/derivations/12_preference.ipynb #b430d513
+def _gauges(counted, share, margin, **changes):
     "Average over the rows that count: how often the policy agrees, by how much, and the rest."
-    n = counted.sum().clamp(min=1)
+    # divided by such rows' share of the epoch, not of these: the means over micro-batches, updates
+    # and processes are then the mean over the epoch's rows, however they were cut
     columns = dict(preferred=(margin > 0).float(), margin=margin, **changes)
-    return {name: (column * counted).sum() / n for name, column in columns.items()}
+    return {name: (column * counted).mean() / (share or 1.0) for name, column in columns.items()}
 
 # %% ../../nbs/derivations/12_preference.ipynb #8cea93b2
 class Preference(Denoising):
@@ -285,7 +306,7 @@ class Preference(Denoising):
             base_errors = denoiser.denoising_loss(x0, eps.to(x0), t, c)
         return errors.chunk(len(batches)), base_errors.chunk(len(batches))
 
-# %% ../../nbs/derivations/12_preference.ipynb #f85f7ab8
+# %% ../../nbs/derivations/12_preference.ipynb #e5d25e20
 def _would_do(n, group):
     "Name the two sizes of a group that divide n and are nearest, as the end of a sentence."
     sizes = sorted((k for k in range(2, n + 1) if n % k == 0), key=lambda k: abs(k - group))
@@ -300,6 +321,7 @@ class DPO(Preference):
     name = "dpo"
     rows = 2
     pairs_up = True
+    _tied = 0.0  # share of the epoch's samples without a pair
 
     @classmethod
     def mistakes(cls, config) -> Iterator:  # of str
@@ -355,9 +377,10 @@ class DPO(Preference):
         losses = paired * dpo_loss(*now, *base, self.options.beta, reduction="none")
         changes = [(a - b).detach() for a, b in zip(now, base)]
         margin = self.options.beta / 2 * (changes[1] - changes[0])
-        return losses, _gauges(paired, margin, winner_change=changes[0], loser_change=changes[1])
+        changes = dict(winner_change=changes[0], loser_change=changes[1])
+        return losses, _gauges(paired, 1 - self._tied, margin, **changes)
 
-# %% ../../nbs/derivations/12_preference.ipynb #5dd69b2c
+# %% ../../nbs/derivations/12_preference.ipynb #c5115db9
 class OfflineDPO(DPO):
     "Train on pairs that somebody has labelled (Diffusion-DPO, arXiv 2311.12908)."
 
@@ -402,12 +425,13 @@ class OfflineDPO(DPO):
         self.pairs = read_pairs(self.options.pairs, self.options.first, self.options.split)
 
     def chosen(self, starts) -> list:  # of (Pair, is it the winner?)
-        "Draw pairs: neighbours of one stream are the winner and the loser of one pair."
+        "Draw pairs: neighbours in a group are the winner and the loser of one pair."
         group = self.config.sample_images_per_prompt
         out = []
-        for i, generator in enumerate(starts):
-            drawn = torch.randint(len(self.pairs), (group // 2,), generator=generator)
-            out.append((self.pairs[drawn[i % group // 2]], i % 2 == 0))
+        for stream in starts:
+            drawn = torch.randint(len(self.pairs), (group // 2,), generator=stream)
+            # by its place in the group, not in this list: a group may be drawn in pieces
+            out.append((self.pairs[drawn[stream.place // 2]], stream.place % 2 == 0))
         return out
 
     def prompts(self, prompts, metadata, starts) -> tuple:  # as many prompts, their metadata
@@ -437,15 +461,16 @@ class OfflineDPO(DPO):
         "Say how the run's reward judges the pairs."
         return dict(advantage_spread=1.0, agreement=self._agreement)
 
-# %% ../../nbs/derivations/12_preference.ipynb #de2433c0
+# %% ../../nbs/derivations/12_preference.ipynb #17a58bfe
 class KTO(Preference):
     "Like or dislike each picture by itself (Diffusion-KTO, arXiv 2404.04465)."
 
     name = "kto"
+    _labelled = 1.0  # share of the epoch's samples with a label
 
     def __init__(self, config, latent_shape):
         super().__init__(config, latent_shape)
-        self.anchor, self._seen = 0.0, [0.0, 0.0]
+        self.anchor, self._seen, self._first = 0.0, [0.0, 0.0], None
 
     @classmethod
     def mistakes(cls, config) -> Iterator:  # of str
@@ -462,13 +487,15 @@ class KTO(Preference):
     def weights(self, rewards, prompts) -> Tensor:  # (n,) float32: +1, -1 or 0
         "Label the samples by the mean of their group, or of the epoch where groups are of one."
         group = self.config.sample_images_per_prompt
-        return thumbs(rewards, group if group > 1 else len(rewards))
+        labels = thumbs(rewards, group if group > 1 else len(rewards))
+        self._labelled = (labels != 0).float().mean().item()
+        return labels
 
     def draws(self, denoiser, n, generator) -> tuple:  # eps (n, *latent), t (n,)
         "Anchor an update at the mean improvement of the one before, then draw as the others do."
         gain, count = self._together(denoiser)
         self.anchor = max(0.0, gain / count) if count else 0.0
-        self._seen = [0.0, 0.0]
+        self._seen, self._first = [0.0, 0.0], None
         return super().draws(denoiser, n, generator)
 
     def loss(self, denoiser, batch) -> tuple:  # losses (n,), dict of gauges
@@ -479,10 +506,20 @@ class KTO(Preference):
             error, base_error, label, self.options.beta, self.anchor, reduction="none"
         )
         gain = (base_error - error).detach()
-        self._seen[0] += (gain * label.abs()).sum().item()
-        self._seen[1] += label.abs().sum().item()
+        self._see(batch, gain)
         margin = self.options.beta * label * (gain - self.anchor)
-        return losses, _gauges(label != 0, margin, gain=gain)
+        return losses, _gauges(label != 0, self._labelled, margin, gain=gain)
+
+    def _see(self, batch, gain):
+        "Remember the improvement that the labelled rows of an update show."
+        first = (batch.sample[0].item(), batch.step[0].item())
+        if first == self._first:
+            # the memory was full, and the update is made again: what broke off does not count
+            self._seen = [0.0, 0.0]
+        self._first = self._first or first
+        labelled = batch.weight.abs()
+        self._seen[0] += (gain * labelled).sum().item()
+        self._seen[1] += labelled.sum().item()
 
     def _together(self, denoiser):
         "Add up what all processes have seen."
@@ -506,7 +543,7 @@ class KTO(Preference):
         gain, count = state["seen"]
         self._seen = [float(gain), float(count)]
 
-# %% ../../nbs/derivations/12_preference.ipynb #2802b5e8
+# %% ../../nbs/derivations/12_preference.ipynb #bcb32443
 class D3PO(DPO):
     "Prefer the steps of each group's best to those of its worst (D3PO, arXiv 2311.13231)."
 
@@ -537,9 +574,13 @@ class D3PO(DPO):
         "Keep every state."
         return config.sample_num_steps + 1
 
-    def keep(self, rollout) -> Rollout:  # the same
-        "Keep every state."
-        return rollout
+    def prepare(self, denoiser) -> None:
+        "Refuse a grid on which no step draws noise, before anything is drawn."
+        self.steps(denoiser.path)
+
+    def keep(self, rollout) -> Rollout:  # the same, but for log-probs
+        "Keep every state; log-probs are asked again, of the policy and of the base model."
+        return dataclasses.replace(rollout, log_probs=rollout.log_probs[:, :0])
 
     def steps(self, path) -> Tensor:  # (k,) long
         "Choose the steps that have a density."
@@ -567,4 +608,5 @@ class D3PO(DPO):
         losses = paired * d3po_loss(*now, *base, beta, clip_range, reduction="none")
         changes = [(a - b).detach() for a, b in zip(now, base)]
         margin = beta * (changes[0] - changes[1])
-        return losses, _gauges(paired, margin, winner_change=changes[0], loser_change=changes[1])
+        changes = dict(winner_change=changes[0], loser_change=changes[1])
+        return losses, _gauges(paired, 1 - self._tied, margin, **changes)

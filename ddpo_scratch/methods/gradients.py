@@ -78,31 +78,32 @@ def matching_loss(
     "Measure how far a step is from -std^2 adjoint (Adjoint Matching, 2409.08861)."
     return ((mean - base_mean) / std + std * adjoint).square().flatten(1).sum(1)
 
-# %% ../../nbs/library/52_gradients.ipynb #d83c9dc4
+# %% ../../nbs/library/52_gradients.ipynb #df4783f3
 class _ThroughBase(torch.autograd.Function):
     "Hand a drawn latent on as it is; bring gradients back through the base model's step."
 
     @staticmethod
-    def forward(ctx, x_t, x_next, base_mean):
-        ctx.base_mean = base_mean
+    def forward(ctx, x_t, x_next, base_mean, reference):
+        ctx.base_mean, ctx.reference = base_mean, reference
         ctx.save_for_backward(x_t)
         return x_next.view_as(x_next)
 
     @staticmethod
     def backward(ctx, adjoint):
         x_t = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
+        # both passes inside: where blocks are checkpointed, the second computes them again
+        with ctx.reference(), torch.enable_grad():
             mean = ctx.base_mean(x_t)
-        # a_t = (d mean / d x_t)^T a_next
-        return torch.autograd.grad(mean, x_t, adjoint.to(mean.dtype))[0], None, None
+            # a_t = (d mean / d x_t)^T a_next
+            found = torch.autograd.grad(mean, x_t, adjoint.to(mean.dtype))[0]
+        return found, None, None, None
 
 
-def _base_mean(denoiser, t, t_next, c, rule, x_t):
-    "State where the base model's step is centred."
-    with denoiser.reference():
-        return policy(denoiser, x_t, t, t_next, c, rule)[0]
+def _mean(denoiser, t, t_next, c, rule, x_t):
+    "State where a step is centred."
+    return policy(denoiser, x_t, t, t_next, c, rule)[0]
 
-# %% ../../nbs/library/52_gradients.ipynb #08ac0b7e
+# %% ../../nbs/library/52_gradients.ipynb #08d8484e
 def adjoint_sample(
     denoiser,  # Denoiser with a reference; gradients flow into it
     c,  # Conditioning of b samples
@@ -120,15 +121,16 @@ def adjoint_sample(
     x_t = draw(generators, denoiser.latent_shape, denoiser.device, len(c)).to(dtype)
     kls = []
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
-        base_mean = partial(_base_mean, denoiser, t, t_next, c, rule)
+        centre = partial(_mean, denoiser, t, t_next, c, rule)
         ask = _asking(policy, i in trained, checkpoint)
         mean, std = ask(denoiser, x_t.detach(), t, t_next, c, rule)
         x_next = (mean.detach() + std * _noise(denoiser, std, generators)).to(dtype)
         # before the first trained step no gradient has anywhere to go
-        x_next = _ThroughBase.apply(x_t, x_next, base_mean) if x_t.requires_grad else x_next
+        if x_t.requires_grad:
+            x_next = _ThroughBase.apply(x_t, x_next, centre, denoiser.reference)
         if i in trained:
-            with torch.no_grad():
-                kept = base_mean(x_t)
+            with torch.no_grad(), denoiser.reference():
+                kept = centre(x_t)
             kls.append(((mean - kept) / std).square().flatten(1).mean(1) / 2)
             # adds zero, with a gradient; few steps stand for all that could be trained
             told = len(usable) / len(trained) * (mean - mean.detach())
@@ -136,7 +138,7 @@ def adjoint_sample(
         x_t = x_next
     return x_t, torch.stack(kls, 1)
 
-# %% ../../nbs/library/52_gradients.ipynb #885cc1b8
+# %% ../../nbs/library/52_gradients.ipynb #2e00ffb8
 def direct_align(
     denoiser,  # Denoiser; gradients flow into it
     x0,  # (b, *latent) clean latents, float32 or wider
@@ -150,6 +152,11 @@ def direct_align(
     x_t = path.add_noise(x0, eps, t)
     x_next = path.add_noise(*path.x0_eps(x_t, denoiser(x_t, t, c), t), t_next)
     alpha, sigma = path.alpha_sigma(t_next, x_next)
+    if not (alpha > 0).all():
+        raise ValueError(
+            "direct_align: a t_next is a time of noise alone, from which no picture can be "
+            "recovered: choose times that leave some of the picture"
+        )
     return (x_next - sigma * eps) / alpha
 
 # %% ../../nbs/library/52_gradients.ipynb #b428bf87
@@ -247,7 +254,7 @@ def _limited(limit, gradient):
     share = (longest / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
     return gradient * share.view(-1, *[1] * (gradient.dim() - 1))
 
-# %% ../../nbs/library/52_gradients.ipynb #6078cdfd
+# %% ../../nbs/library/52_gradients.ipynb #3e8526f3
 class AdjointMatching(_Shorter):
     "Match the tilted model p exp(reward_scale r) (Adjoint Matching, arXiv 2409.08861)."
 
@@ -302,6 +309,16 @@ class AdjointMatching(_Shorter):
         "Count the passes whose activations are held: the trained steps', and one of the base's."
         return 1 + (1 if config.backprop_checkpointing else cls.options_of(config).steps)
 
+    def prepare(self, denoiser) -> None:
+        "Refuse to train more steps than this model's grid has with a density."
+        steps, n_steps = self.options.steps, self.config.sample_num_steps
+        usable = len(trainable_steps(denoiser.path, n_steps, self.rule))
+        if steps > usable:
+            raise ValueError(
+                f"method: steps is {steps}, but of this model's {n_steps} steps only {usable} draw "
+                f"noise, and adjoint trains those alone: write adjoint(steps={usable}), or less"
+            )
+
     def chain(self, denoiser, c, generators, generator) -> tuple:  # x0 (b, *latent), gauges
         "Draw pictures whose gradient is the lean adjoint's; take the KL of the trained steps."
         n_steps, options = self.config.sample_num_steps, self.options
@@ -321,7 +338,7 @@ class AdjointMatching(_Shorter):
         k = torch.tensor(float(options.steps), device=x0.device)
         return x0, dict(kl=kl.mean(), k=k)
 
-# %% ../../nbs/library/52_gradients.ipynb #d2d8dee1
+# %% ../../nbs/library/52_gradients.ipynb #fd2d8963
 class SRPO(_Shorter):
     "Judge pictures that were noised with known noise and stepped once (SRPO, arXiv 2509.06942)."
 
@@ -364,6 +381,16 @@ class SRPO(_Shorter):
         options, n_steps = cls.options_of(config), config.sample_num_steps
         return [i for i in range(n_steps) if options.first <= i / n_steps < options.last]
 
+    def _invertible(self, path):
+        "Tell for each step of the grid whether it can be taken backwards, to more noise."
+        grid = path.grid(self.config.sample_num_steps)[:-1]
+        alpha, _ = path.alpha_sigma(grid, torch.zeros(len(grid), 1))
+        # a flow's first time is noise alone, which no picture can be recovered from
+        possible = alpha.flatten() > 0
+        # the grid's last time is the clean one, from which no step can start
+        possible[-1] = False
+        return possible
+
     @classmethod
     def passes(cls, config) -> tuple:  # sampling, training, and those of training differentiated
         "Count the network's passes of a sample: one a copy."
@@ -393,8 +420,7 @@ class SRPO(_Shorter):
         levels = torch.tensor(self._levels(self.config))
         i = levels[(where * len(levels)).long()]
         inverted = turn < self.options.inversion
-        # the grid's last time is the clean one, from which no step can start
-        inverted &= i + 1 < n_steps
+        inverted &= self._invertible(denoiser.path)[i]
         t = drawn.timesteps[i + inverted.long()].to(x0.device)
         t_next = drawn.timesteps[i + (~inverted).long()].to(x0.device)
         found = direct_align(denoiser, x0, torch.cat(eps), t, t_next, c)

@@ -170,7 +170,7 @@ def dppo_loss(
     stopped = (distance >= limit) & outward
     return torch.where(stopped, 0.0, -advantage * ratio)
 
-# %% ../../nbs/derivations/10_grpo.ipynb #3400d4c8
+# %% ../../nbs/derivations/10_grpo.ipynb #18a0d293
 RULES = dict(flow_sde=FlowSDE, cps=CPS, dance_sde=DanceSDE, ddim=FlowDDIM)
 _WORDS = dict(
     rule=tuple(RULES),
@@ -227,11 +227,18 @@ class FlowGRPO(PolicyGradient):
         return RULES[options.rule](options.noise_level)
 
     @classmethod
-    def _window(cls, config):
-        "Say how many steps a window has, and at how many places it may lie."
+    def looser(cls, config) -> str:  # the end of a sentence
+        "Say what lets the policy go further: Flow-DPPO has a limit in place of a clip range."
+        if cls.options_of(config).guard == "dppo":
+            return "a larger limit in flow_grpo(guard='dppo', limit=...) (0 scales the published)"
+        return super().looser(config)
+
+    @classmethod
+    def _window(cls, config, noisy=math.inf):
+        "Say how many steps a window has, and at how many places of the first `noisy` ones."
         options, n_steps = cls.options_of(config), config.sample_num_steps
         within = math.ceil(options.window_share * n_steps - 1e-9)
-        within = min(within, n_steps - options.drop_last)
+        within = min(within, n_steps - options.drop_last, noisy)
         return config.steps_per_sample, within - config.steps_per_sample + 1
 
     @classmethod
@@ -257,7 +264,9 @@ class FlowGRPO(PolicyGradient):
 
     @classmethod
     def _window_mistakes(cls, config, options):
-        "Yield what is wrong with the window."
+        "Yield what is wrong with the window, and with the last step."
+        if options.drop_last and config.sample_num_steps < 2:
+            yield "drop_last leaves nothing of sample_num_steps 1: set it to 2 or more"
         if not 0 < options.window_share <= 1 or options.window_epochs < 1:
             yield (
                 f"window_share is {options.window_share:g} and window_epochs "
@@ -317,12 +326,29 @@ class FlowGRPO(PolicyGradient):
 
     # ---- what the object does during a run
 
+    def _noisy(self, path):
+        "Count the steps up to the last with noise: some rules' step to the picture has none."
+        steps = trainable_steps(path, self.config.sample_num_steps, self.step_rule(self.config))
+        return steps[-1].item() + 1
+
+    def prepare(self, denoiser) -> None:
+        "Refuse a grid without noise, or on which a window cannot move."
+        super().prepare(denoiser)
+        noisy = self._noisy(denoiser.path)
+        size, places = self._window(self.config, noisy)
+        if self.options.window != "none" and places < 2:
+            raise ValueError(
+                f"a window of {size} steps cannot move: with {self.options.rule} only the first "
+                f"{noisy} of this model's {self.config.sample_num_steps} steps draw noise. Make "
+                "train_timestep_fraction smaller, or window_share larger"
+            )
+
     def before_epoch(self, denoiser) -> None:
         "Lay the epoch's window."
         kind, n_steps = self.options.window, self.config.sample_num_steps
-        size, places = self._window(self.config)
         if kind == "none":
             return
+        size, places = self._window(self.config, self._noisy(denoiser.path))
         first = self.epoch // self.options.window_epochs % places
         if kind == "drawn":
             stream = generator_for(self.config.seed, self.epoch, "window")
@@ -354,8 +380,11 @@ class FlowGRPO(PolicyGradient):
     def weights(self, rewards, prompts) -> Tensor:  # (n,) float32 advantages
         "Measure each picture against its group, then clip."
         advantages = group_advantages(rewards, prompts, self.options.spread)
+        largest = dict.fromkeys(prompts, 0.0)
+        for prompt, size in zip(prompts, advantages.abs().tolist()):
+            largest[prompt] = max(largest[prompt], size)
         # in a group that all scored the same nothing is left but rounding
-        self.equal_groups = (advantages.abs() < 1e-6).float().mean().item()
+        self.equal_groups = sum(size < 1e-6 for size in largest.values()) / len(largest)
         return advantages.clamp(-self.config.train_adv_clip_max, self.config.train_adv_clip_max)
 
     def epoch_gauges(self, prompts) -> dict:  # equal_groups, and clip_range of PPO's clip
@@ -395,7 +424,9 @@ class FlowGRPO(PolicyGradient):
         gauges |= dict(kl_old=distance.mean(), ratio_expected=expected.mean())
         if self.options.guard == "dppo":
             losses = dppo_loss(log_prob, batch.old_log_prob, batch.weight, distance, self.limit)
-            gauges["clip_fraction"] = (losses.detach() == 0).float().mean()
+            # without an advantage a loss is 0 too, and nothing is held back
+            held = (losses.detach() == 0) & (batch.weight.to(losses.device) != 0)
+            gauges["clip_fraction"] = held.float().mean()
             return losses, gauges
         return self._guarded(denoiser, batch, mean, old_mean, std, gauges)
 

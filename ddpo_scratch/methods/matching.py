@@ -44,7 +44,7 @@ def matching_log_prob(
         return -error
     raise ValueError(f"weighting {weighting!r} is unknown: use 'adaptive', 'mse' or 'ghuber'")
 
-# %% ../../nbs/derivations/11_matching.ipynb #aee21e1c
+# %% ../../nbs/derivations/11_matching.ipynb #3347b4f2
 @dataclass
 class _Answers:
     "Hold noised samples, and what policies say of them, in the network's own terms."
@@ -58,6 +58,7 @@ class _Answers:
     now: Tensor  # (n, *latent) the policy, with a gradient
     old: Tensor = None  # the old policy
     base: Tensor = None  # the base model
+    held: Tensor = None  # whom a penalty compares with, where that is not `base`
     start: Tensor = None  # the policy of the epoch's start, where the old one is an average
 
     @property
@@ -111,7 +112,9 @@ class Matching(Denoising):
     @classmethod
     def asked(cls, config) -> int:  # network passes
         "Count who answers without a gradient: the old policy, and the base model where needed."
-        return 1 + bool(cls.asks_base or config.kl_weight)
+        # once a penalty's reference has moved, it is asked beside the base model
+        moves = cls.asks_base and config.kl_weight and config.shaping.refresh
+        return 1 + bool(cls.asks_base or config.kl_weight) + bool(moves)
 
     @classmethod
     def passes(cls, config) -> tuple:  # sampling, training, and those of training differentiated
@@ -194,6 +197,9 @@ class Matching(Denoising):
             base = denoiser.reference() if self.asks_base else self.reference(denoiser)
             with torch.no_grad(), base:
                 answers["base"] = denoiser(x_t, t, c)
+        if self.asks_base and self.config.kl_weight and self.anchored_at is not None:
+            with self.reference(denoiser):
+                answers["held"] = denoiser(x_t, t, c)
         return answers
 
     def loss(self, denoiser, batch) -> tuple:  # losses (n,), dict of gauges
@@ -209,9 +215,8 @@ class Matching(Denoising):
         if here.old is not None:
             gauges["old_distance"] = _mean((now - here.old).detach().square()).mean()
         # `penalty` is asked next, of the same batch: no further pass is needed
-        self.base_distance = None
-        if here.base is not None:
-            self.base_distance = _mean((now - here.base).square())
+        held = here.base if here.held is None else here.held
+        self.held_distance = None if held is None else _mean((now - held).square())
         return losses, gauges
 
     def compare(self, here) -> tuple:  # losses (n,) with a gradient, dict of gauges
@@ -219,10 +224,10 @@ class Matching(Denoising):
         raise NotImplementedError(f"{type(self).__name__} must define compare(here)")
 
     def penalty(self, denoiser, batch) -> Tensor:  # scalar with a gradient
-        "Give the mean |prediction - base model's|^2 of the batch whose loss was computed last."
-        return batch.paid(self.base_distance)
+        "Give the mean |prediction - reference's|^2 of the batch whose loss was computed last."
+        return batch.paid(self.held_distance)
 
-# %% ../../nbs/derivations/11_matching.ipynb #ebebf69c
+# %% ../../nbs/derivations/11_matching.ipynb #fa1fde85
 class AWM(Matching):
     "Put minus a denoising loss where a policy gradient has a log-prob (AWM, arXiv 2509.25050)."
 
@@ -249,6 +254,12 @@ class AWM(Matching):
                 f"method: weighting is {options.weighting!r}, "
                 "expected 'adaptive', 'mse' or 'ghuber'"
             )
+
+    @classmethod
+    def looser(cls, config) -> str:  # the end of a sentence
+        "Say what lets the policy go further from the epoch's start."
+        clip = cls.options_of(config).clip
+        return f"a larger clip than {clip:g} in awm(clip=...)"
 
     @classmethod
     def asked(cls, config) -> int:  # network passes

@@ -45,16 +45,19 @@ def reinforce_loss(
     losses = -(advantage.detach().to(log_prob.device) * log_prob)
     return losses.mean() if reduction == "mean" else losses
 
-# %% ../../nbs/derivations/03_policy_gradient.ipynb #27f2593c
+# %% ../../nbs/derivations/03_policy_gradient.ipynb #f686c95b
 class PolicyGradient(Method):
     "Follow the score function: what DDPO-SF and DDPO-IS share."
 
     def __init__(self, config, latent_shape):
         super().__init__(config, latent_shape)
         self.clip_range = config.train_clip_range or default_clip_range(latent_shape)
-        self.tracker = PerPromptStatTracker(
-            config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
+        size, least = (
+            config.per_prompt_stat_tracking_buffer_size,
+            config.per_prompt_stat_tracking_min_count,
         )
+        # where statistics are tracked, check_config has refused more than are remembered
+        self.tracker = PerPromptStatTracker(size, min(size, least))
 
     @classmethod
     def mistakes(cls, config) -> Iterator:  # of str
@@ -76,6 +79,10 @@ class PolicyGradient(Method):
     def findings(cls, late, rows, config) -> Iterator:  # of str
         "Ask whether advantages tell pictures of one prompt apart."
         return cls.spread_findings(late)
+
+    def prepare(self, denoiser) -> None:
+        "Refuse a grid on which no step draws noise, before anything is drawn."
+        self.steps(denoiser.path)
 
     def weights(self, rewards, prompts) -> Tensor:  # (n,) float32 advantages
         "Standardise per prompt or over the batch, then clip (DDPO, App. D)."

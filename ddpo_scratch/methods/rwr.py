@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['softmax_weights', 'sparse_weights', 'rwr_loss', 'RWR', 'SparseRWR']
 
-# %% ../../nbs/derivations/07_rwr.ipynb #925e33ea
+# %% ../../nbs/derivations/07_rwr.ipynb #70437887
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -68,7 +69,7 @@ def rwr_loss(
     losses = weights.to(losses) * losses
     return losses.mean() if reduction == "mean" else losses
 
-# %% ../../nbs/derivations/07_rwr.ipynb #9aeb2ff6
+# %% ../../nbs/derivations/07_rwr.ipynb #de4442d4
 class RWR(Denoising):
     "Imitate all samples, the better ones more: softmax weights (Black et al. 2023, sec. 4.2)."
 
@@ -99,8 +100,10 @@ class RWR(Denoising):
             )
 
     def keep(self, rollout) -> object:  # Rollout
-        "Drop all but x0, unless a KL penalty asks for the states."
-        return rollout if self.config.kl_weight else super().keep(rollout)
+        "Drop all but x0, unless a KL penalty asks for the states; log-probs nobody asks for."
+        if self.config.kl_weight:
+            return dataclasses.replace(rollout, log_probs=rollout.log_probs[:, :0])
+        return super().keep(rollout)
 
     def weights(self, rewards, prompts) -> Tensor:  # (n,) float32 of mean 1
         "Weigh the samples by a softmax of their rewards."

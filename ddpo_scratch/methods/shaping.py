@@ -168,7 +168,7 @@ def _has_one_term(text):
         return False  # for the reward's own error
     return len(terms) == 1 and ":" not in terms[0][1]
 
-# %% ../../nbs/library/53_shaping.ipynb #62c9072a
+# %% ../../nbs/library/53_shaping.ipynb #f91f6faa
 @dataclass(frozen=True)
 class Shaping:
     "Leave an epoch's rewards as they are; subclass it to change them."
@@ -176,6 +176,7 @@ class Shaping:
     # these are of the class: a field of a subclass is an option in brackets
     name = ""
     advice = ""  # how to write a reward that has the parts needed; nothing needs no parts
+    compares = False  # are the pictures of a prompt measured against each other alone?
     named = {}  # name -> class
     refresh = 0  # epochs until the KL penalty compares with the policy of that moment; 0: never
 
@@ -192,6 +193,12 @@ class Shaping:
             yield (
                 f"reward_shaping is {self.name}, but {config.method_name} follows the gradient of "
                 "the reward itself: leave reward_shaping empty, or choose a method such as ddpo_is"
+            )
+        if self.compares and config.sample_images_per_prompt < 2:
+            yield (
+                f"reward_shaping is {self.name}, which compares pictures of one prompt, but "
+                f"sample_images_per_prompt is {config.sample_images_per_prompt}: set it to 2 or "
+                "more"
             )
         if self.advice and _has_one_term(config.reward_fn):
             yield self._lacks_parts(config.reward_fn)
@@ -233,23 +240,25 @@ class Shaping:
         "Change the rewards of an epoch."
         return Shaped(rewards)
 
-# %% ../../nbs/library/53_shaping.ipynb #4225e267
+# %% ../../nbs/library/53_shaping.ipynb #5560e5a6
 @dataclass(frozen=True)
 class Ranks(Shaping):
     "Replace each reward by the share of its prompt's pictures that it beats."
 
     name = "ranks"
+    compares = True
 
     def __call__(self, rewards, prompts, reward, parts, embeddings) -> Shaped:  # of the n samples
         "Compare the pictures of each prompt."
         return Shaped(win_rates(rewards, prompts).float())
 
-# %% ../../nbs/library/53_shaping.ipynb #ac4525cb
+# %% ../../nbs/library/53_shaping.ipynb #4ebd463b
 @dataclass(frozen=True)
 class GDPO(Shaping):
     "Put the parts of a sum together, each standardised within its prompt."
 
     name = "gdpo"
+    compares = True
     advice = (
         "write a sum such as 'jpeg_compressibility + tiny_animal', whose weights then say how "
         "much each matters"

@@ -47,7 +47,7 @@ def _layers_of(network, targets, table=LORA_TARGETS):
     ends = tuple(f".{name}" for name in names)
     return [name for name, _ in network.named_modules() if f".{name}".endswith(ends)]
 
-# %% ../../nbs/library/23_lora.ipynb #fd7b09c2
+# %% ../../nbs/library/23_lora.ipynb #96e60654
 def adapters(
     network,  # a U-Net, a transformer or a text encoder
 ) -> list:  # names of the adapters in it, in the order in which they came
@@ -55,11 +55,16 @@ def adapters(
     return list(getattr(network, "peft_config", None) or {})
 
 
-def _refuse_a_second(pipe):
-    "Refuse a pipeline that has a LoRA already, in any of its parts."
+def _all_adapters(pipe):
+    "List the LoRAs in all parts of a pipeline."
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     parts = (getattr(pipe, part, None) for part in (trained_part(pipe), *encoders))
-    found = [name for part in parts for name in adapters(part)]
+    return [name for part in parts for name in adapters(part)]
+
+
+def _refuse_a_second(pipe):
+    "Refuse a pipeline that has a LoRA already, in any of its parts."
+    found = _all_adapters(pipe)
     if found:
         raise ValueError(
             f"this model already has a LoRA ({found[0]!r}): to train it further, load a fresh "
@@ -308,7 +313,7 @@ def _as_peft(part, tensors):
         tensors = convert_state_dict_to_peft(tensors, original_type=style)
     return tensors
 
-# %% ../../nbs/library/23_lora.ipynb #a2f5f99b
+# %% ../../nbs/library/23_lora.ipynb #8f491cbe
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _KOHYA_TENSORS = ("lora_down.weight", "lora_up.weight", "alpha")
 
@@ -336,10 +341,11 @@ def _from_kohya(pipe, tensors, file):
         ) from error
 
 
-def _split_alphas(tensors):
-    "Part the tensors of a file from the alphas beside them: tensors, alphas."
-    alphas = {key: float(value) for key, value in tensors.items() if key.endswith(".alpha")}
-    return {key: value for key, value in tensors.items() if key not in alphas}, alphas
+def _split_alphas(tensors, trained="unet"):
+    "Part the tensors of a file from the alphas beside them: tensors, alphas with parts in front."
+    ends = ".alpha"
+    alphas = {_with_part(k, trained): float(v) for k, v in tensors.items() if k.endswith(ends)}
+    return {key: value for key, value in tensors.items() if not key.endswith(ends)}, alphas
 
 
 def _alphas(part, alphas):
@@ -399,7 +405,7 @@ def _fit(network, layers):
             fitted[own] = (down, up.reshape(len(up), len(down), *ones), alpha)
     return fitted, misfits
 
-# %% ../../nbs/library/23_lora.ipynb #ff1158b0
+# %% ../../nbs/library/23_lora.ipynb #3a544df2
 def read_lora(
     pipe,  # a diffusers pipeline, to which it must fit
     place,  # a run, a folder, or a .safetensors file
@@ -414,7 +420,7 @@ def read_lora(
     if all(key.startswith(_KOHYA) for key in tensors):
         tensors, alphas = _from_kohya(pipe, tensors, file)
     elif trained != "unet":
-        tensors, alphas = _split_alphas(tensors)
+        tensors, alphas = _split_alphas(tensors, trained)
     by_part = {}
     for key, tensor in tensors.items():
         part, _, name = _with_part(key, trained).partition(".")
@@ -479,15 +485,18 @@ def _loader(pipe, part, trained):
         place |= dict(network_alphas=None)
     return load, place
 
-# %% ../../nbs/library/23_lora.ipynb #d6188816
+# %% ../../nbs/library/23_lora.ipynb #254dadfb
 def load_lora(
     pipe,  # a diffusers pipeline
     place,  # a run, a folder, or a .safetensors file
 ) -> object:  # the pipeline, with the LoRA as a further adapter
     "Load a LoRA for sampling, and check that all of it arrived."
     lora = read_lora(pipe, place)
-    # as diffusers names them, one after the other
-    adapter = f"default_{len(adapters(_network(pipe)))}"
+    # as diffusers names them, one after the other, though some may have been deleted
+    number, used = len(adapters(_network(pipe))), _all_adapters(pipe)
+    while f"default_{number}" in used:
+        number += 1
+    adapter = f"default_{number}"
     for part in lora.parts:
         options = dict(
             adapter_name=adapter,

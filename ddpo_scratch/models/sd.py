@@ -37,7 +37,7 @@ from ddpo_scratch.models.lora import (
 # %% ../../nbs/library/22_sd.ipynb #c217baec
 TINY = Path(find_model("tiny"))  # the embedded model, in diffusers' format
 
-# %% ../../nbs/library/22_sd.ipynb #c4c92694
+# %% ../../nbs/library/22_sd.ipynb #185ae97b
 # class of the pipeline -> options of its from_pretrained
 _PIPELINES = {
     "StableDiffusionPipeline": dict(safety_checker=None, requires_safety_checker=False),
@@ -71,6 +71,26 @@ def _text_encoders(pipe):
     "List the text encoders: one, SDXL's two, or three, without those that are missing."
     encoders = (getattr(pipe, f"text_encoder{end}", None) for end in ("", "_2", "_3"))
     return [encoder for encoder in encoders if encoder is not None]
+
+
+@torch.no_grad()
+def _glance(pipe):
+    "Take some numbers of every weight, which another model or a fused LoRA would change."
+    parts = (*_text_encoders(pipe), getattr(pipe, trained_part(pipe)), pipe.vae)
+    found = []
+    for name, p in (pair for part in parts for pair in part.named_parameters()):
+        if "lora_" not in name and not p.is_meta:
+            some = p.detach().reshape(-1)[:: max(1, p.numel() // 16)]
+            found.append(some.double().cpu())
+    return torch.cat(found), dict(pipe.scheduler.config)
+
+
+def _is_as_read(pipe):
+    "Tell whether a pipeline is what `read_pipeline` found in its place."
+    if not hasattr(pipe, "as_read"):
+        return False
+    (weights, scheduler), (now, scheduler_now) = pipe.as_read, _glance(pipe)
+    return torch.equal(weights, now) and scheduler == scheduler_now
 
 
 def _slice(pipe):
@@ -118,7 +138,7 @@ def _from_file(cls, source, options):
             f'python -c "from diffusers import {cls.__name__} as P; {command}"'
         ) from error
 
-# %% ../../nbs/library/22_sd.ipynb #6fe4d8d3
+# %% ../../nbs/library/22_sd.ipynb #db42439c
 def read_pipeline(
     cls,  # class of a diffusers pipeline
     source,  # of find_model: a folder, a file, or an id on the hub
@@ -139,6 +159,7 @@ def read_pipeline(
     _to(pipe.vae, device, vae_dtype or _vae_dtype(pipe, dtype))
     if slicing:
         _slice(pipe)
+    pipe.as_read = _glance(pipe)
     return pipe
 
 # %% ../../nbs/library/22_sd.ipynb #547d08b0
@@ -184,7 +205,7 @@ def _sides(sample_size):
     pair = sample_size if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
     return tuple(int(n) for n in pair)
 
-# %% ../../nbs/library/22_sd.ipynb #e0b17027
+# %% ../../nbs/library/22_sd.ipynb #df3b4329
 def _ids(tokenizer, encoder, prompt):
     "Tokenize one prompt: ids (1, n_tokens), padded or cut to the tokenizer's length."
     length = tokenizer.model_max_length
@@ -195,8 +216,9 @@ def _ids(tokenizer, encoder, prompt):
 def _cut(tokenizer, prompt, length):
     "Return the end of a prompt that is cut off after so many tokens; mostly nothing."
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    # the last of those kept is the end mark
-    return tokenizer.decode(ids[length - 1 : -1]).strip()
+    # of most tokenizers the last of those kept is the end mark, which an empty prompt has too
+    mark = int(tokenizer("").input_ids[-1:] == ids[-1:])
+    return tokenizer.decode(ids[length - mark : len(ids) - mark]).strip()
 
 
 def _compile(unet, fused_attention):
@@ -240,7 +262,7 @@ def _with_weights(pipe, weights, cls):
     setattr(whole, part, network)
     return whole
 
-# %% ../../nbs/library/22_sd.ipynb #5b5d0cc5
+# %% ../../nbs/library/22_sd.ipynb #fd38b0d9
 class PipelineDenoiser(Denoiser):
     "Drive a diffusers pipeline that makes pictures of prompts and noise: what families share."
 
@@ -249,6 +271,7 @@ class PipelineDenoiser(Denoiser):
     lora_targets = LORA_TARGETS  # what "attention" and "all" stand for
     decode_batch = None  # pictures decoded at once; None is all of them
     n_remembered = 1000  # prompts whose embeddings are kept
+    _in_reference = False  # True: the LoRA is switched off at the moment
 
     def __init__(
         self,
@@ -359,6 +382,14 @@ class PipelineDenoiser(Denoiser):
             return f"{type(self.pipe).__module__.partition('.')[0]}:{type(self.pipe).__name__}"
         return "tiny" if Path(place) == TINY else str(place)
 
+    def as_text(self) -> str:  # for `load`, or with (...) where that would give another model
+        "Write the model's place, if its weights, scheduler and size are still those of the place."
+        own_size = tuple(self.latent_shape) == tuple(self.shape_of(self.pipe))
+        if own_size and _is_as_read(self.pipe):
+            return self.name
+        pipeline = type(self.pipe)
+        return f"{pipeline.__module__.partition('.')[0]}:{pipeline.__name__}(...)"
+
     def resize(
         self,
         height=0,  # pixels; 0 is the model's own
@@ -459,11 +490,15 @@ class PipelineDenoiser(Denoiser):
     @contextmanager
     def reference(self) -> "PipelineDenoiser":  # a context that gives itself
         "Return to the policy as it was before training, inside this context."
-        if adapters(self.bare):
+        if self._in_reference:
+            yield self  # the outer context will leave it
+        elif adapters(self.bare):
             self.bare.disable_adapters()
+            self._in_reference = True
             try:
                 yield self
             finally:
+                self._in_reference = False
                 self.bare.enable_adapters()
         elif self._base:
             trained, self.network = self.network, self._base[0]
@@ -572,7 +607,9 @@ class PipelineDenoiser(Denoiser):
             )
         if self._base is None:
             # `keep_reference` copies the base model, which from here on is not there any more
-            self._first = {k: v.detach().clone() for k, v in self.bare.state_dict().items()}
+            # on the CPU: mostly nobody will ask for it
+            state = self.bare.state_dict()
+            self._first = {k: v.detach().to("cpu", copy=True) for k, v in state.items()}
         if folder:
             self.bare.load_state_dict(weights)
         else:

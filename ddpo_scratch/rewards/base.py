@@ -6,11 +6,11 @@
 __all__ = ['REWARDS', 'Reward', 'Composed', 'reward', 'target_color', 'RewardError', 'compute_rewards', 'get_reward',
            'WeightedSum', 'RelativeReward', 'RewardWorkers', 'Scorer']
 
-# %% ../../nbs/library/26_rewards.ipynb #e1598a21
+# %% ../../nbs/library/26_rewards.ipynb #9579881a
+import ast
 import contextlib
 import functools
 import inspect
-import itertools
 import multiprocessing
 import numbers
 import os
@@ -27,9 +27,42 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..named import Registry, build, misfit, parse_sum
+from ..named import Registry, build, misfit, name_of, parse_sum
 
-# %% ../../nbs/library/26_rewards.ipynb #50ee7770
+# %% ../../nbs/library/26_rewards.ipynb #90abb2e6
+_LONGEST_CALL = 1000  # characters; what is longer, such as a list of prompts, is no name
+
+
+def _says(value):
+    "Tell whether Python reads a value's text as just this value."
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
+
+
+def _written(args, kwargs):
+    "Write the arguments of a call as a text has them; None where one is no literal."
+    args = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in args]
+    kwargs = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in kwargs.items()}
+    if not all(_says(value) for value in (*args, *kwargs.values())):
+        return None
+    text = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
+    return text if len(text) <= _LONGEST_CALL else None
+
+
+def _remembering(init):
+    "Let an __init__ keep the arguments of the call that made the object, as a text has them."
+
+    @functools.wraps(init)
+    def remember(self, *args, **kwargs):
+        # the first to be called is that of the object's own class
+        self.__dict__.setdefault("_arguments", _written(args, kwargs))
+        init(self, *args, **kwargs)
+
+    return remember
+
+
 class Reward:
     "Score pictures; subclass it where a reward has a state, and write `__call__`."
 
@@ -37,6 +70,11 @@ class Reward:
     unit = ""  # of the score, such as "kB": for logs, curves and captions
     differentiable = False  # True: gradients flow from the rewards to the images
     uses_prompt = False  # True: the score depends on the prompt
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _remembering(cls.__init__)
 
     def __call__(
         self,
@@ -62,6 +100,19 @@ class Reward:
     ) -> Self:  # the reward itself
         "Move what the reward holds; here there is nothing to move."
         return self
+
+    def as_text(self) -> str | None:  # for `get_reward`; None where no text says it
+        "Write what makes an equal reward: its class or maker, and the arguments."
+        unknown = None if inspect.signature(type(self)).parameters else ""
+        arguments = vars(self).get("_arguments", unknown)
+        if arguments is None:
+            return None
+        maker = dict(REWARDS.known()).get(self.name)
+        if inspect.isfunction(maker) and name_of(maker) == self.name and not _takes(maker):
+            twin = maker() if misfit(maker) is None else None
+            if type(twin) is type(self) and vars(twin).get("_arguments") == arguments:
+                return self.name
+        return name_of(type(self)) + (f"({arguments})" if arguments else "")
 
     def __repr__(self):
         return f"<reward {self.name}{', differentiable' if self.differentiable else ''}>"
@@ -175,15 +226,21 @@ def _rgb(color):
         )
     return rgb
 
-# %% ../../nbs/library/26_rewards.ipynb #76c848c7
+# %% ../../nbs/library/26_rewards.ipynb #9b727945
 class _Closeness(Reward):
     "Score minus the mean squared distance of the pixels to a colour."
 
     differentiable = True
 
-    def __init__(self, name, rgb):
-        self.name = name
+    def __init__(self, color, rgb):
+        self.name = f"target_color({color})"
+        self.color = color
         self.rgb = rgb
+
+    def as_text(self):
+        "Write the call of `target_color`."
+        color = _written((self.color,), {})
+        return color and f"target_color({color})"
 
     def __call__(self, images, prompts=None, metadata=None):
         rgb = torch.tensor(self.rgb, device=images.device)[:, None, None]
@@ -195,9 +252,9 @@ def target_color(
     color,  # a name or "#rrggbb" that PIL knows, or three numbers in [0, 1]
 ) -> Reward:  # in [-1, 0], best is 0; differentiable
     "Make a reward of minus the mean squared distance of the pixels to one colour."
-    return _Closeness(f"target_color({color})", _rgb(color))
+    return _Closeness(color, _rgb(color))
 
-# %% ../../nbs/library/26_rewards.ipynb #965244db
+# %% ../../nbs/library/26_rewards.ipynb #a504dd4b
 _WORDS = (
     "images image imgs img pictures picture pics pixels samples x".split(),
     "prompts prompt captions caption texts text".split(),
@@ -205,26 +262,51 @@ _WORDS = (
 )
 
 
+def _called(thing):
+    "Return what says the parameters of a call: of a network its forward, for __call__ takes all."
+    is_network = isinstance(thing, torch.nn.Module)
+    plain = is_network and type(thing).__call__ is torch.nn.Module.__call__
+    return thing.forward if plain else thing
+
+
+def _parameters(thing):
+    "List the parameters of a call, without *args and **kwargs; None where Python does not know."
+    try:
+        parameters = inspect.signature(_called(thing)).parameters.values()
+    except (TypeError, ValueError):  # Python cannot tell of all that is written in C
+        return None
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _spoken(parameters):
+    "Find images (0), prompts (1) and metadata (2) among parameters by their names: name -> number."
+    found = {}
+    for p in parameters or ():
+        for i, words in enumerate(_WORDS):
+            if p.name in words and i not in found.values():
+                found[p.name] = i
+    return found
+
+
 def _takes(thing):
-    "Say which of images (0), prompts (1) and metadata (2) a reward takes; None if it is no reward."
+    """Say which of images (0), prompts (1) and metadata (2) a reward takes; None if it is none.
+
+    A tuple says it by place, a dict by name."""
     if isinstance(thing, type):
         return None
-    try:
-        parameters = list(inspect.signature(thing).parameters.values())
-    except (TypeError, ValueError):  # Python cannot tell of all that is written in C
-        return (0, 1, 2)
-    fits = misfit(thing, "images", "prompts", "metadata") is None
-    # score(images, prompts, weight=2) wants no metadata as its weight
-    set_already = [p for p in parameters[:3] if p.default is not p.empty and p.default is not None]
-    if fits and all(p.name in itertools.chain(*_WORDS) for p in set_already):
-        return (0, 1, 2)
-    asked = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    takes = tuple(i for name in asked for i, words in enumerate(_WORDS) if name in words)
-    if len(takes) == len(asked) and 0 in takes and misfit(thing, *takes) is None:
-        return takes
-    return (0, 1, 2) if fits else None
+    parameters = _parameters(thing)
+    found = _spoken(parameters)
+    needed = {p.name for p in parameters or () if p.default is p.empty}
+    if 0 in found.values() and needed <= found.keys():
+        first = parameters[: len(found)]
+        in_place = all(p.name in found and p.kind is not p.KEYWORD_ONLY for p in first)
+        return tuple(found.values()) if in_place else found
+    # names that say nothing: three that must be given are the three; an option is none of them
+    required = all(p.name in needed for p in (parameters or ())[:3])
+    fits = misfit(_called(thing), "images", "prompts", "metadata") is None
+    return (0, 1, 2) if fits and required else None
 
-# %% ../../nbs/library/26_rewards.ipynb #9125a9d6
+# %% ../../nbs/library/26_rewards.ipynb #b4ec24a5
 class _Fitted(Composed):
     "Call a reward with those of images, prompts and metadata that it takes."
 
@@ -235,14 +317,21 @@ class _Fitted(Composed):
         self.unit = getattr(function, "unit", "")
         # a plain function does not say, and may be differentiable
         self.differentiable = getattr(function, "differentiable", True)
-        self.uses_prompt = getattr(function, "uses_prompt", 1 in takes)
+        asked = takes.values() if isinstance(takes, dict) else takes
+        self.uses_prompt = getattr(function, "uses_prompt", 1 in asked)
 
     def __call__(self, images, prompts, metadata):
         batch = (images, prompts, metadata)
+        if isinstance(self.takes, dict):
+            return self.function(**{name: batch[i] for name, i in self.takes.items()})
         return self.function(*(batch[i] for i in self.takes))
 
     def holds(self):
         return (self.function,)
+
+    def as_text(self):
+        "Write the name of the reward that is called."
+        return name_of(self.function)
 
 
 def _fitted(thing):
@@ -282,7 +371,7 @@ def _own(value):
         return {key: _own(item) for key, item in value.items()}
     return [_own(item) for item in value] if type(value) is list else value
 
-# %% ../../nbs/library/26_rewards.ipynb #532516d2
+# %% ../../nbs/library/26_rewards.ipynb #8353dd4e
 def _working_directory():
     "Say where the process is, or None where that folder has been removed."
     try:
@@ -291,17 +380,34 @@ def _working_directory():
         return None
 
 
+_LOCK = threading.Lock()
+_INSIDE = []  # of the rewards being asked: (thread, folder and dtype before)
+
+
+def _was():
+    "Say what the process was like before rewards: another thread's may have changed it since."
+    first = [before for thread, before in _INSIDE if thread != threading.get_ident()]
+    return first[0] if first else (_working_directory(), torch.get_default_dtype())
+
+
 @contextlib.contextmanager
 def _as_it_was(name):
-    "Put back, after a reward, what belongs to the whole process."
-    place, dtype = _working_directory(), torch.get_default_dtype()
+    "Put back, after the last of the rewards that run together, what belongs to the whole process."
+    with _LOCK:
+        mine = (threading.get_ident(), _was())
+        _INSIDE.append(mine)
+    place, dtype = mine[1]
+    other = dtype
     try:
         yield
     finally:
-        if place and _working_directory() != place:
-            os.chdir(place)
-        other = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
+        with _LOCK:
+            _INSIDE.remove(mine)
+            if all(thread == mine[0] for thread, _ in _INSIDE):
+                if place and _working_directory() != place:
+                    os.chdir(place)
+                other = torch.get_default_dtype()
+                torch.set_default_dtype(dtype)
     if other != dtype:
         raise ValueError(
             f"reward {name!r} set torch's default dtype to {other}, which changes the run's own "
@@ -409,7 +515,7 @@ def compute_rewards(
     out = _ask(reward, batch, images, prompts, metadata, retries)
     return _checked(name, batch, len(prompts), out)
 
-# %% ../../nbs/library/26_rewards.ipynb #22862a57
+# %% ../../nbs/library/26_rewards.ipynb #c205c138
 def _made(thing, name, call=None):
     "Return a reward itself, or the one that a class or function makes."
     if not callable(thing):
@@ -419,7 +525,9 @@ def _made(thing, name, call=None):
     takes = _takes(thing)
     if call is None and takes:
         return _fitted(thing)
-    if takes == (0, 1, 2):
+    # make(red, green, blue) takes three things too: it is a reward where its names say so
+    says_so = takes and _spoken(_parameters(thing))
+    if takes and len(takes) == 3 and (says_so or misfit(thing, *call.args, **call.kwargs)):
         raise ValueError(f"get_reward: {name!r} is a reward already: write it without brackets")
     try:
         made = build(thing, call, name, "get_reward")
@@ -446,7 +554,7 @@ def get_reward(
     parts = [(weight, _made(REWARDS.find(name), name, call)) for weight, name, call in terms]
     return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else WeightedSum(parts)
 
-# %% ../../nbs/library/26_rewards.ipynb #46040763
+# %% ../../nbs/library/26_rewards.ipynb #721f6e10
 class WeightedSum(Composed):
     "Add weighted rewards; each part's own rewards are in the extras, under its name."
 
@@ -497,6 +605,17 @@ class WeightedSum(Composed):
     def holds(self) -> tuple:  # of rewards
         "List the parts, without their weights."
         return tuple(part for _, part in self.parts)
+
+    def as_text(self) -> str:  # for `get_reward`, with (...) where a part cannot be loaded
+        "Write the sum of what its parts are called in texts."
+        if type(self) is not WeightedSum:
+            return super().as_text()
+        text = ""
+        for weight, part in self.parts:
+            name = f"({name_of(part)})" if isinstance(part, WeightedSum) else name_of(part)
+            term = name if abs(weight) == 1 else f"{abs(float(weight))!r}*{name}"
+            text += (" - " if weight < 0 else " + ") + term
+        return f"-{text[3:]}" if text.startswith(" - ") else text[3:]
 
 # %% ../../nbs/library/26_rewards.ipynb #8bea67fc
 @reward("relative")
@@ -644,7 +763,7 @@ class _Answer(Future):
             wait([self], _GLANCE)
         return super().result(timeout)
 
-# %% ../../nbs/library/26_rewards.ipynb #aa7a4863
+# %% ../../nbs/library/26_rewards.ipynb #9dfa27ec
 class RewardWorkers:
     "Score in threads or processes; a `with` block waits for what was submitted, unless it raises."
 
@@ -718,7 +837,8 @@ class RewardWorkers:
         self._closed = True
         while cancel and not self._jobs.empty():
             with contextlib.suppress(queue.Empty):  # a worker may have been faster
-                self._jobs.get_nowait()[0].cancel()
+                if job := self._jobs.get_nowait():  # None is left of an earlier close
+                    job[0].cancel()
         for _ in self._threads:
             self._jobs.put(None)
         if not cancel:

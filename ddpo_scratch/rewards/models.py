@@ -442,7 +442,7 @@ class LLaVA(Frozen):
         answers = iter(answers)
         return [list(itertools.islice(answers, len(texts))) for texts in questions]
 
-# %% ../../nbs/library/28_reward_models.ipynb #cd2aece4
+# %% ../../nbs/library/28_reward_models.ipynb #ab925dc6
 _LARGEST_BODY = 2**26  # bytes of a request or a reply
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -462,7 +462,9 @@ def _check_headers(headers, token):
         raise _Refused(411, f"Content-Length is {length!r}: needs the number of bytes")
     if int(length) > _LARGEST_BODY:
         raise _Refused(413, f"{int(length):,} bytes: at most {_LARGEST_BODY:,} a request")
-    if token and not hmac.compare_digest(headers.get("Authorization", ""), f"Bearer {token}"):
+    # what was sent as UTF-8, the server reads as Latin-1
+    given = headers.get("Authorization", "").encode("latin-1", "replace")
+    if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
         raise _Refused(401, "the token is missing or wrong: set LLAVA_TOKEN as the server has it")
     host = urlsplit(f"//{headers.get('Host', 'localhost')}").hostname
     # a web page can give its own name to this machine's address, and then ask as its own site
@@ -562,7 +564,7 @@ def llava_server(
         llava.load()  # now: the first question would wait too long for an answer
     return _Server((host, port), llava, token)
 
-# %% ../../nbs/library/28_reward_models.ipynb #3229f907
+# %% ../../nbs/library/28_reward_models.ipynb #41b71a37
 class _LLaVAClient:
     "Ask a `llava_server` as one would ask a LLaVA in this process."
 
@@ -620,7 +622,7 @@ class _LLaVAClient:
         import requests
 
         token = os.environ.get("LLAVA_TOKEN")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {token}".encode()} if token else {}
         options = dict(headers=headers, timeout=self.timeout, stream=True)
         # a token is for this server, and not for one that it may point to
         with requests.post(self.url, json=body, allow_redirects=False, **options) as reply:

@@ -6,7 +6,7 @@
 __all__ = ['NUMBER_HEADS', 'Facts', 'number_rows', 'summary', 'on_numbers', 'on_findings', 'typical_prompt', 'snippets',
            'changed_fields', 'model_card', 'run_card']
 
-# %% ../../nbs/library/42_card.ipynb #57e56876
+# %% ../../nbs/library/42_card.ipynb #45bb72d3
 import dataclasses
 import json
 import os
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..evaluate import amount
+from ..models.base import families, find_model, pipeline_class, split_revision
 from .progress import counted
 
 # importing huggingface_hub takes a while: the function that needs it does it itself
@@ -46,9 +47,11 @@ class Facts:
         "Name the run."
         return self.repo.split("/")[-1]
 
-# %% ../../nbs/library/42_card.ipynb #5ea101e8
-def _verdict(difference):
-    "Say in a word where a difference goes, if that is beyond doubt."
+# %% ../../nbs/library/42_card.ipynb #1edc1c5b
+def _verdict(difference, n):
+    "Say in a word where a difference goes, if that is beyond doubt, which one picture never is."
+    if n < 2:
+        return "one picture only"
     if abs(difference["mean"]) <= 2 * difference["se"]:
         return "no clear change"
     return "rose" if difference["mean"] > 0 else "fell"
@@ -68,7 +71,7 @@ def number_rows(
         when: dict(mean=report[when]["reward_mean"], se=report[when]["reward_se"])
         for when in ("before", "after")
     }
-    reward |= dict(difference=report["difference"], unit=report["unit"])
+    reward |= dict(difference=report["difference"], unit=report["unit"], n=report["after"]["n"])
     rows = []
     named = {f"reward `{facts.reward_name}`": reward}
     for name, numbers in report["judges"].items():
@@ -79,7 +82,8 @@ def number_rows(
             for when in ("before", "after", "difference")
         ]
         sign = "+" if numbers["difference"]["mean"] > 0 else ""
-        rows.append([name, *cells[:2], sign + cells[2], _verdict(numbers["difference"])])
+        verdict = _verdict(numbers["difference"], numbers["n"])
+        rows.append([name, *cells[:2], sign + cells[2], verdict])
     return rows
 
 # %% ../../nbs/library/42_card.ipynb #e0c06ffc
@@ -146,7 +150,7 @@ def typical_prompt(
     change = torch.as_tensor(after).double() - torch.as_tensor(before).double()
     return prompts[change.argsort()[len(prompts) // 2]]
 
-# %% ../../nbs/library/42_card.ipynb #57ed6f28
+# %% ../../nbs/library/42_card.ipynb #293dacbd
 def _is_embedded(model):
     "Tell whether a model comes with this package."
     return (
@@ -155,41 +159,97 @@ def _is_embedded(model):
     )
 
 
-def _load_base(config, repo):
-    "Write the lines that load the pipeline, before any LoRA."
-    model = str(config.model)
-    imports = "from diffusers import DDIMScheduler, DiffusionPipeline"
+def _cached_class(model):
+    "Read the class of a hub's model from its cache; empty where it is not there."
+    from huggingface_hub import try_to_load_from_cache
+
+    name, revision = split_revision(model)
+    file = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    return pipeline_class(Path(file).parent) if isinstance(file, str) else ""
+
+
+def _pipeline_of(model):
+    "Name a model's class in diffusers; empty where that cannot be known without the network."
+    try:
+        place = find_model(model)
+        if os.path.exists(place):
+            return pipeline_class(place)
+        name = split_revision(place)[0]
+        for pipeline, family in families().items():
+            if name in getattr(family, "known", {}):
+                return pipeline
+        return _cached_class(place)
+    except (ValueError, OSError):
+        return ""
+
+# %% ../../nbs/library/42_card.ipynb #d885d6fe
+def _quoted(text):
+    "Write a text in double quotes, as Python reads it."
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _loading(config, repo):
+    "Write how the pipeline is loaded, before any LoRA: its class, and the call."
+    model, base = str(config.model), "DiffusionPipeline"
     if not config.use_lora:
-        source = repo
-    elif _is_embedded(model):
-        imports = f"from importlib.resources import files\n\n{imports}"
+        return base, f"{base}.from_pretrained({_quoted(repo)})"
+    if _is_embedded(model):
         folder = f'files("ddpo_scratch") / "{model}_model"'
-        load = f"DiffusionPipeline.from_pretrained({folder}, safety_checker=None)"
-        return f"{imports}\n\npipe = {load}  # the embedded model"
-    elif ":" in model and not os.path.exists(model):
-        return f"{imports}\n\npipe = ...  # the model that the run was given from Python: {model}"
-    elif os.path.exists(model):
-        source = f"FOLDER/{_public(model)}"
-    else:
-        source = model
-    return f'{imports}\n\npipe = DiffusionPipeline.from_pretrained("{source}")'
+        return base, f"{base}.from_pretrained({folder}, safety_checker=None)  # the embedded model"
+    if ":" in model and not os.path.exists(model):
+        return base, f"...  # the model that the run was given from Python: {model}"
+    place = f"FOLDER/{_public(model)}"
+    if os.path.isfile(model):
+        base = _pipeline_of(model) or "StableDiffusionPipeline"
+        return base, f"{base}.from_single_file({_quoted(place)})"
+    if os.path.exists(model):
+        # a run of full fine-tuning keeps its model one folder further down
+        place += "/pipeline" if (Path(model) / "pipeline/model_index.json").is_file() else ""
+        return base, f"{base}.from_pretrained({_quoted(place)})"
+    name, revision = split_revision(model)
+    more = f", revision={_quoted(revision)}" if revision else ""
+    return base, f"{base}.from_pretrained({_quoted(name)}{more})"
+
+# %% ../../nbs/library/42_card.ipynb #b3dcac03
+# classes that draw by DDIM; of an unknown one it is taken for granted
+_BY_DDIM = ("", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+def _drawing(config, pipeline):
+    "List the options with which a pipeline draws as the run's looks did."
+    options = dict(num_inference_steps=config.look_steps)
+    # Qwen-Image is guided only where it is given a negative prompt, be it empty
+    is_qwen = pipeline == "QwenImagePipeline"
+    options["true_cfg_scale" if is_qwen else "guidance_scale"] = f"{config.eval_guidance_scale:g}"
+    # FLUX's pipelines read none
+    if is_qwen or (config.negative_prompts and not pipeline.startswith("Flux")):
+        options["negative_prompt"] = _quoted(config.negative_prompts)
+    # 0 is the model's own
+    options |= dict(height=config.height) if config.height else {}
+    options |= dict(width=config.width) if config.width else {}
+    if pipeline in _BY_DDIM:
+        options["eta"] = f"{config.look_eta:g}"
+    return [f"{name}={value}" for name, value in options.items()]
 
 
 def _with_diffusers(config, repo, prompt):
     "Write the snippet that draws a picture as the run's looks did."
-    lines = [_load_base(config, repo)]
+    pipeline = _pipeline_of(config.model)
+    base, load = _loading(config, repo)
+    names = [*(["DDIMScheduler"] if pipeline in _BY_DDIM else []), base]
+    lines = ["from importlib.resources import files\n"] if "files(" in load else []
+    lines += [f"from diffusers import {', '.join(names)}\n", f"pipe = {load}"]
     if config.use_lora:
-        lines.append(f'pipe.load_lora_weights("{repo}")  # or the folder of the run')
-    scheduler = "DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"
-    options = (
-        f"num_inference_steps={config.look_steps}, "
-        f"guidance_scale={config.eval_guidance_scale:g}, eta={config.look_eta:g}"
-    )
-    lines += [
-        f"pipe.scheduler = {scheduler}",
-        f"image = pipe({json.dumps(prompt, ensure_ascii=False)}, {options}).images[0]",
-    ]
-    return "\n".join(lines)
+        lines.append(f"pipe.load_lora_weights({_quoted(repo)})  # or the folder of the run")
+    if pipeline in _BY_DDIM:
+        scheduler = "DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"
+        lines.append(f"pipe.scheduler = {scheduler}")
+    # the first argument of FLUX.2's pipeline is a picture
+    options = [f"prompt={_quoted(prompt)}", *_drawing(config, pipeline)]
+    call = f"image = pipe({', '.join(options)}).images[0]"
+    if len(call) > 100:
+        call = "\n".join(["image = pipe(", *(f"    {text}," for text in options), ").images[0]"])
+    return "\n".join([*lines, call])
 
 
 def snippets(
@@ -238,10 +298,10 @@ def model_card(
     text = "\n\n".join([f"# {title}", *(part for part in parts if part)])
     return ModelCard(f"---\n{ModelCardData(**head).to_yaml()}\n---\n\n{text}\n")
 
-# %% ../../nbs/library/42_card.ipynb #eda2c5a6
+# %% ../../nbs/library/42_card.ipynb #33fc5b47
 def _is_hub_id(model):
     "Is it owner/name, and not a folder of this disk?"
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(model))) and not os.path.exists(model)
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", str(model))) and not os.path.exists(model)
 
 
 def _head(config):
@@ -254,7 +314,8 @@ def _head(config):
         head["tags"].append("lora")
     if _is_hub_id(config.model):
         relation = "adapter" if config.use_lora else "finetune"
-        head |= dict(base_model=config.model, base_model_relation=relation)
+        name = split_revision(config.model)[0]
+        head |= dict(base_model=name, base_model_relation=relation)
     return head
 
 # %% ../../nbs/library/42_card.ipynb #84f8be1b

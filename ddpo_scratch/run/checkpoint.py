@@ -6,13 +6,14 @@
 __all__ = ['COUNTERS', 'snapshot', 'check_finite', 'checkpoints', 'write_checkpoint', 'save_checkpoint', 'find_checkpoint',
            'reported_epochs', 'refusals', 'load_checkpoint']
 
-# %% ../../nbs/library/32_checkpoint.ipynb #2a9a2d22
+# %% ../../nbs/library/32_checkpoint.ipynb #43f8cfa5
 import dataclasses
 import hashlib
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -391,7 +392,7 @@ def _checked(folder):
                 raise _Damage(path, "is damaged: its SHA-256 is not the one in state.json")
     return saved, config
 
-# %% ../../nbs/library/32_checkpoint.ipynb #a3805fdc
+# %% ../../nbs/library/32_checkpoint.ipynb #cc63b8ef
 def _advice(folder):
     "Name the newest checkpoint before a damaged one from which its run can go on."
     damaged = re.fullmatch(r"epoch_(\d+)", folder.name)
@@ -402,7 +403,8 @@ def _advice(folder):
             _checked(path)
         except _Damage:
             continue
-        return f"the newest whole checkpoint before it is --resume_from {path}"
+        place = shlex.quote(str(path))
+        return f"the newest whole checkpoint before it is --resume_from {place}"
     return "there is no whole checkpoint before it: the run must be started anew"
 
 # %% ../../nbs/library/32_checkpoint.ipynb #59d6735f

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['Engine', 'ShardedEngine', 'FSDPEngine', 'ZeRO2Engine', 'check_engine', 'start_engine']
 
-# %% ../../nbs/library/31_engine.ipynb #395fff93
+# %% ../../nbs/library/31_engine.ipynb #6eba4fcd
 import contextlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# %% ../../nbs/library/31_engine.ipynb #c15fd194
+from ..models.base import unprepared
+
+# %% ../../nbs/library/31_engine.ipynb #78992297
 class Engine:
     "Train in one process, or in many that hold whole copies of the network (DDP)."
 
@@ -41,6 +43,7 @@ class Engine:
     ) -> tuple:  # network, params, optimizer
         "Wrap network and optimizer as accelerate wants them used; also the trained parameters."
         accelerator, autocast = self.accelerator, self.accelerator.native_amp
+        network = network if self.sharded else unprepared(network)
         # a network that computes in half precision by itself needs no casts around its operations
         accelerator.native_amp = autocast and not hasattr(network, "computes_in")
         network, optimizer = accelerator.prepare(network, make_optimizer(params))
@@ -49,7 +52,7 @@ class Engine:
 
     def reference(self, network) -> torch.nn.Module:  # the copy, ready to be asked
         "Prepare a frozen copy of the network, so that it computes in the policy's precision."
-        return self.accelerator.prepare_model(network, evaluation_mode=True)
+        return self.accelerator.prepare_model(unprepared(network), evaluation_mode=True)
 
     # ---- a step
 

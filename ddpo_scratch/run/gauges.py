@@ -193,9 +193,16 @@ def _slope(rows, key):
     # rounding leaves a constant gauge a tiny slope and a tiny error: their ratio must stay near 0
     return rise.item(), (rise / se.clamp_min(1e-9 * y.abs().max() + 1e-300)).item()
 
-# %% ../../nbs/library/41_gauges.ipynb #db181692
+# %% ../../nbs/library/41_gauges.ipynb #d038e176
+def _alone(rows):
+    "Tell whether an epoch has a single picture, which is compared with none but itself."
+    return rows[0].get("reward_queries", math.nan) == rows[0].get("epoch", math.nan)
+
+
 def _on_rewards(late, rows, config):
     "Ask whether rewards differ, and whether they still do."
+    if _alone(rows):
+        return
     std = late.get("reward_std", math.nan)
     first = rows[0].get("reward_std", math.nan)
     # equal rewards have a spread of rounding errors
@@ -212,11 +219,11 @@ def _on_rewards(late, rows, config):
             "then a smaller train_learning_rate, kl_weight, or stop_gain"
         )
 
-# %% ../../nbs/library/41_gauges.ipynb #a305276f
+# %% ../../nbs/library/41_gauges.ipynb #c7e23e89
 def _on_statistics(late, rows, config):
     "Ask whether samples are measured against their own prompt."
     own = late.get("own_statistics", math.nan)
-    if own < _OWN_STATISTICS:
+    if own < _OWN_STATISTICS and not _alone(rows):
         yield (
             f"own_statistics is {own:.0%}: most samples are measured against the whole batch, so "
             "easy prompts win. Try: sample_images_per_prompt 4 or more, a smaller "
@@ -277,11 +284,17 @@ def first_findings(
     "Say what can be seen before an update has done anything."
     return [*_at_first(row, config), *config.method_class.first_findings(row, config)]
 
-# %% ../../nbs/library/41_gauges.ipynb #9e61d744
+# %% ../../nbs/library/41_gauges.ipynb #fce40bed
 def _on_gradients(late, rows, config):
     "Ask whether gradients arrive, and whether their size still matters."
     norm = late.get("grad_norm", math.nan)
-    if norm == 0:
+    if norm == 0 and _alone(rows) and not config.method_class.differentiable:
+        yield (
+            "grad_norm is 0: an epoch has one picture, which is compared with itself alone, so "
+            "that its advantage is 0 whatever its reward. Try: a larger sample_batch_size or "
+            "sample_num_batches_per_epoch"
+        )
+    elif norm == 0:
         yield (
             "grad_norm is 0: no gradient reaches the weights. Try: a reward that depends on the "
             "picture; for backpropagation one that is differentiable all the way"
@@ -294,7 +307,7 @@ def _on_gradients(late, rows, config):
             "train_adv_clip_max"
         )
 
-# %% ../../nbs/library/41_gauges.ipynb #243bce12
+# %% ../../nbs/library/41_gauges.ipynb #19fb0333
 def _on_ratios(late, rows, config):
     "Ask whether the policy has left the range in which its samples are worth anything."
     clip_range = rows[-1].get("clip_range", math.nan)
@@ -304,8 +317,8 @@ def _on_ratios(late, rows, config):
     if clipped > _CLIPPED:
         yield (
             f"clip_fraction is {clipped:.0%}: most of the batch is held back by the clip. Try: a "
-            "smaller train_learning_rate, fewer updates an epoch, or a larger train_clip_range "
-            "(0 scales the literature's to the model)"
+            "smaller train_learning_rate, fewer updates an epoch, or "
+            f"{config.method_class.looser(config)}"
         )
     if typical > _RATIO * clip_range:
         yield (

@@ -29,11 +29,12 @@ def averaged(
     finally:
         state.average.restore(state.params)
 
-# %% ../../nbs/library/39_look.ipynb #193a6e7e
+# %% ../../nbs/library/39_look.ipynb #125cd8e8
 def _pictures(state, prompts):
     "Draw the fixed-seed pictures; at the first look, those of the policy before training."
     config, denoiser = state.config, state.denoiser
-    untrained = state.eval_start is None and config.use_lora
+    # where training starts from other weights than the base model's, the policy has them
+    untrained = state.eval_start is None and config.use_lora and not config.start_from
     trained_scale, denoiser.guidance_scale = denoiser.guidance_scale, config.eval_guidance_scale
     try:
         with denoiser.reference() if untrained else contextlib.nullcontext(), averaged(state):
@@ -48,14 +49,30 @@ def _pictures(state, prompts):
     finally:
         denoiser.guidance_scale = trained_scale
 
-# %% ../../nbs/library/39_look.ipynb #370965d1
+# %% ../../nbs/library/39_look.ipynb #f2b32539
+def _scored(state, scorer, images, prompts, metadata):
+    "Score pictures, no more at a time than training does: (n,) on the CPU."
+    config, n = state.config, len(images)
+    most = config.sample_batch_size
+    if config.method_class.differentiable:
+        most = config.train_batch_size
+    # of like sizes: a reward that compares the pictures of a list is given no last one alone
+    parts = -(-n // most)
+    ends = [i * n // parts for i in range(parts + 1)]
+    scores = []
+    with torch.no_grad(), scorer.at_hand():
+        for part in map(slice, ends[:-1], ends[1:]):
+            some = images[part].to(state.engine.device)
+            scores.append(scorer(some, prompts[part], metadata[part])[0].cpu())
+    return torch.cat(scores)
+
+
 def _scores(state, images, prompts, metadata):
     "Score pictures with every judge: name -> (n,) on the CPU."
     scores = {}
     for name, judge in list(state.judges.items()):
         try:
-            with torch.no_grad(), judge.at_hand():
-                scores[name] = judge(images, prompts, metadata)[0].cpu()
+            scores[name] = _scored(state, judge, images, prompts, metadata)
         except (ValueError, RuntimeError) as error:
             # one that judged before training, and cannot now, is broken
             if state.config.eval_judges != "auto" or name in state.judge_start:
@@ -64,7 +81,7 @@ def _scores(state, images, prompts, metadata):
             state.progress.line(f"{name} does not judge this run: {error}")
     return scores
 
-# %% ../../nbs/library/39_look.ipynb #76fbecb6
+# %% ../../nbs/library/39_look.ipynb #83ba25b4
 def _keep(state, images, prompts, rewards, scores):
     "Write a look into the run's folder, and show it."
     file = state.folder / "eval" / f"epoch_{state.looked:04d}.pt"
@@ -81,14 +98,14 @@ def look(
 ) -> dict:  # eval_start, eval_reward_mean, eval_gain and the judges' means, as in metrics.jsonl
     "Draw the fixed-seed pictures, keep them in eval/, say how far their mean reward has come."
     config, engine, first = state.config, state.engine, state.eval_start is None
-    n, when = config.eval_num_images, "base model" if first else f"pictures of epoch {state.epoch}"
+    n, when = config.eval_num_images, f"pictures of epoch {state.epoch}"
+    if first:
+        when = "weights that training starts from" if config.start_from else "base model"
     state.progress.phase(f"looking at the {when}", n, work=state.work["work_look"])
     prompts, metadata = spread_prompts(state.prompt_fn, n, config.seed)
     images = _pictures(state, prompts)
-    on_device = images.to(engine.device)
-    with torch.no_grad(), state.scorer.at_hand():
-        rewards = state.scorer(on_device, prompts, metadata)[0].cpu()
-    scores = _scores(state, on_device, prompts, metadata)
+    rewards = _scored(state, state.scorer, images, prompts, metadata)
+    scores = _scores(state, images, prompts, metadata)
     mean = engine.agree(rewards.double().mean().item())
     means = {name: engine.agree(values.double().mean().item()) for name, values in scores.items()}
     if first:

@@ -115,11 +115,24 @@ def _kept(config, size):
     share = _LORA_KEEPS if config.use_lora and config.lora_targets == "attention" else 1
     return size["kept"] * grows * share
 
-# %% ../../nbs/library/30_plan.ipynb #e101d55b
+# %% ../../nbs/library/30_plan.ipynb #9901d8fd
 def _at_once(config):
     "Count the transitions that go backward together; 1 where a run measures it."
     transitions = config.samples_per_update * config.method_class.transitions(config)
     return min(config.train_micro_batch_size or 1, transitions)
+
+
+def _held(config):
+    "Count the differentiated passes of a row whose activations one backward pass holds."
+    method = config.method_class
+    depth = method.depth(config)
+    # of checkpointed steps one is held at a time, and its penalty's pass at another
+    one_by_one = method.differentiable and config.backprop_checkpointing
+    if not config.kl_weight or one_by_one:
+        return depth
+    # a penalty that asks the policy once more holds that pass as well
+    without = dataclasses.replace(config, kl_weight=0.0)
+    return depth * method.passes(config)[2] / method.passes(without)[2]
 
 
 def _activations(config, size):
@@ -132,7 +145,7 @@ def _activations(config, size):
     rows *= _rows(config.sample_guidance_scale, size)
     # about an eighth is kept: the inputs of the blocks, and the inside of the largest
     share = 8 if config.gradient_checkpointing else 1
-    network = rows * method.depth(config) * _kept(config, size) * number / share
+    network = rows * _held(config) * _kept(config, size) * number / share
     if not method.differentiable:
         return network
     # 1,900 numbers for each number of a picture, counted as saved tensors of Stable Diffusion's
@@ -142,7 +155,18 @@ def _activations(config, size):
     decoder = 1900 * 3 * height * width * _vae_bytes(config, size) * share
     return network + config.train_batch_size * decoder
 
-# %% ../../nbs/library/30_plan.ipynb #be21b469
+# %% ../../nbs/library/30_plan.ipynb #4f9ed040
+def _copies(config):
+    "Count the copies of the trained weights that are held beside them."
+    method, count = config.method_class, 0
+    if method.keeps_policy:
+        # each that answers without a gradient is a copy of the policy, but for the base model
+        asked = method.asked(config) if hasattr(method, "asked") else 1
+        count = max(1, asked - bool(method.asks_base or config.kl_weight))
+    # a penalty that compares with the policy of some epoch has a copy of that
+    return count + bool(config.kl_weight and config.shaping.refresh)
+
+
 def memory(
     config,  # a TrainConfig, of one process
 ) -> dict | None:  # part -> bytes; None where the model's sizes are not known
@@ -166,6 +190,7 @@ def memory(
         "AdamW": trained * (2 if config.train_use_8bit_adam else 8),
         "average (EMA)": trained * 4 if config.ema_decay else 0,
         "base model": base,
+        "old policies": trained * 4 * _copies(config),
         "trajectories": config.samples_per_epoch * states * _latents(config, size) * number,
         "prompts' embeddings": config.samples_per_epoch * embedding,
         "activations": _activations(config, size),

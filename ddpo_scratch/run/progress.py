@@ -203,18 +203,38 @@ class Progress:
         self.shown_at = time.monotonic()
         self.place.show(self.text, self.share)
 
-# %% ../../nbs/library/38_progress.ipynb #b185ec91
+# %% ../../nbs/library/38_progress.ipynb #7d684f2d
+def _computed_again():
+    "Tell whether torch's checkpointing runs this pass once more, in backward."
+    # on the way forward its `checkpoint` is among the callers; in backward only its hooks are
+    names, frame = set(), sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return bool(names) and "checkpoint" not in names
+
+
 def watch(
     denoiser,  # a Denoiser
     progress,  # a Progress
 ) -> object:  # torch's handle; its `remove()` ends the counting
-    "Count every pass of a denoiser's network."
+    "Count every pass of a denoiser's network, as `plan` does."
+    again = any(getattr(part, "gradient_checkpointing", False) for part in denoiser.modules())
 
-    def count(module, inputs, output):
-        rows = len(inputs[0]) * (1 if module.guidance_scale == 1 else 2)
-        progress.advance(rows * (3 if torch.is_grad_enabled() else 1))
+    def count(module, inputs):
+        # a family whose guidance is an input of the network says so
+        guided = getattr(module, "guided", module.guidance_scale != 1)
+        if not torch.is_grad_enabled():
+            work = 1
+        elif _computed_again():
+            work = int(not again)  # counted when its blocks were
+        else:
+            work = 3 + again
+        progress.advance(len(inputs[0]) * (2 if guided else 1) * work)
 
-    return denoiser.register_forward_hook(count)
+    # before a pass: checkpointing breaks off what it computes again, as soon as it has all
+    return denoiser.register_forward_pre_hook(count)
 
 # %% ../../nbs/library/38_progress.ipynb #6e92f4f8
 def show_progress(

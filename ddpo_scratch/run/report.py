@@ -202,21 +202,22 @@ def _strip(looks, unit):
     labels = [f"epoch {look.epoch}\n{amount(look.mean, unit)}" for look in looks]
     return plot_grid(images, n_cols=min(8, len(looks[0].prompts)), row_labels=labels)
 
-# %% ../../nbs/library/44_report.ipynb #38827f71
+# %% ../../nbs/library/44_report.ipynb #5e25c453
 def _frame(images, title, side=192):
     "Lay up to 8 pictures four a row, under a title: 768 pixels wide."
     from PIL import Image, ImageDraw
 
+    height = max(1, round(side * images.shape[-2] / images.shape[-1]))
     # a mean over each pixel's area when they shrink, whole blocks of pixels when they grow
     mode = "area" if images.shape[-1] > side else "nearest"
-    images = torch.nn.functional.interpolate(images, (side, side), mode=mode)
+    images = torch.nn.functional.interpolate(images, (height, side), mode=mode)
     n_cols = min(4, len(images))
     n_rows = -(-len(images) // 4)
     top = 24  # pixels, for the title
-    frame = Image.new("RGB", (max(side * n_cols, 400), top + side * n_rows), "white")
+    frame = Image.new("RGB", (max(side * n_cols, 400), top + height * n_rows), "white")
     for i, array in enumerate(images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()):
         row, column = divmod(i, 4)
-        frame.paste(Image.fromarray(array), (column * side, top + row * side))
+        frame.paste(Image.fromarray(array), (column * side, top + row * height))
     ImageDraw.Draw(frame).text((6, 3), title, fill="black", font_size=16)
     return frame
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['is_free', 'free_folder', 'held', 'nothing_lost', 'says_where']
 
-# %% ../../nbs/library/35_runfolder.ipynb #8c00a1ce
+# %% ../../nbs/library/35_runfolder.ipynb #4d409364
 import contextlib
 import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -326,7 +327,7 @@ def nothing_lost(
         _write_kept(state, kept)
         raise
 
-# %% ../../nbs/library/35_runfolder.ipynb #6aeaecca
+# %% ../../nbs/library/35_runfolder.ipynb #cbdc2904
 def _again(state, epochs=""):
     "Write how a run is resumed: a command, or a call where parts of it came from Python."
     config, folder = state.config, state.folder
@@ -335,14 +336,16 @@ def _again(state, epochs=""):
     if passed:
         more = f", num_epochs={epochs}" if epochs else ""
         parts = "".join(f", {name.replace('model', 'denoiser')}=..." for name in passed)
-        return f'fit(read_config("{folder}", resume_from="{folder}"{more}){parts})'
+        where = json.dumps(str(folder), ensure_ascii=False)
+        return f"fit(read_config({where}, resume_from={where}{more}){parts})"
     more = f" --num_epochs {epochs}" if epochs else ""
     # what a file names or asks for, ddpo_train does only when it is told so again
-    if outside(config.reward_fn) or outside(config.prompt_fn):
+    texts = (config.reward_fn, config.prompt_fn, *config.judges)
+    if any(outside(text) for text in texts):
         more += " --trust"
     elif config.push_to_hub:
         more += " --push_to_hub"
-    return f"--resume_from {folder}{more}"
+    return f"--resume_from {shlex.quote(str(folder))}{more}"
 
 
 def _how_to_use(state, last):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DDPOPipelineOutput', 'DDPOSchedulerOutput', 'DDPOStableDiffusionPipeline', 'DefaultDDPOStableDiffusionPipeline']
 
-# %% ../../nbs/library/49_trl_pipeline.ipynb #4688305a
+# %% ../../nbs/library/49_trl_pipeline.ipynb #bbea63a4
 import contextlib
 import os
 import random
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..diffusion import Conditioning, ddim_mean_std, widen
 from ..methods.backprop import draw_k, trl_k_rule
 from ..models import sd
-from ..models.base import find_model, pipeline_class
+from ..models.base import find_model, pipeline_class, split_revision
 from ..models.lora import adapters, add_lora, save_lora
 from ..rollout import gaussian_log_prob
 
@@ -195,15 +195,19 @@ def _steps_with_gradient(n_steps, truncated, draw, timestep, minmax):
         return rule
     return draw_k(rule, n_steps, torch.Generator().manual_seed(random.getrandbits(63)))
 
-# %% ../../nbs/library/49_trl_pipeline.ipynb #59459e94
+# %% ../../nbs/library/49_trl_pipeline.ipynb #3f39a7a8
 _KIND = "StableDiffusionPipeline"
+
+
+def _source(name, revision):
+    "Find a model: its folder, its file, or its id on the hub with a revision."
+    source = find_model(name)
+    return source if os.path.exists(source) or "@" in source else f"{source}@{revision}"
 
 
 def _load_pipeline(name, revision):
     "Load Stable Diffusion 1.x or 2.x; ValueError names any other pipeline."
-    source = find_model(name)
-    if not os.path.exists(source) and "@" not in source:
-        source = f"{source}@{revision}"
+    source = _source(name, revision)
     kind = pipeline_class(source)
     if kind != _KIND:
         raise ValueError(
@@ -223,17 +227,22 @@ def _with_ddim(pipe):
         pipe.scheduler = DDIMScheduler.from_config(config, clip_sample=clip_sample)
     return pipe
 
-# %% ../../nbs/library/49_trl_pipeline.ipynb #7d185c4f
+# %% ../../nbs/library/49_trl_pipeline.ipynb #6e2c6507
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def _has_lora(name, revision):
-    "Say whether a LoRA lies beside the model, in its folder or on the hub."
-    if name == "tiny" or os.path.isdir(name):
-        return os.path.isfile(os.path.join(name, _LORA_FILE))
-    from huggingface_hub import file_exists
+    "Say whether a LoRA lies beside the model, in its folder, on the hub, or in the cache."
+    place, revision = split_revision(_source(name, revision))
+    if os.path.exists(place):
+        return os.path.isfile(os.path.join(place, _LORA_FILE))
+    from huggingface_hub import file_exists, try_to_load_from_cache
+    from httpx import TransportError
 
-    return file_exists(name, _LORA_FILE, revision=revision)
+    try:
+        return file_exists(place, _LORA_FILE, revision=revision)
+    except (OSError, TransportError):  # no network, or none is wanted
+        return isinstance(try_to_load_from_cache(place, _LORA_FILE, revision=revision), str)
 
 # %% ../../nbs/library/49_trl_pipeline.ipynb #8af3f003
 def _adapter(unet):
@@ -270,7 +279,26 @@ def _read_unet(unet, folder):
     "Return a saved U-Net's tensors."
     return type(unet).from_pretrained(folder, subfolder="unet").state_dict()
 
-# %% ../../nbs/library/49_trl_pipeline.ipynb #bd74bbbf
+# %% ../../nbs/library/49_trl_pipeline.ipynb #826916ae
+@contextlib.contextmanager
+def _in_float32(pipe):
+    "Hold a pipeline's half-precision weights in float32, within this context."
+    # diffusers reads half precision as float32 and transformers as what it is: mixed, nothing draws
+    halves = [
+        (p, p.data)
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder)
+        for p in part.parameters()
+        if p.dtype in (torch.float16, torch.bfloat16)
+    ]
+    for p, half in halves:
+        p.data = half.float()
+    try:
+        yield
+    finally:
+        for p, half in halves:
+            p.data = half
+
+
 def _remove_adapter(folder):
     "Rewrite a saved U-Net as it would be without its adapter."
     from safetensors.torch import load_file, save_file
@@ -292,7 +320,7 @@ def _only(models, verb):
         )
     return models[0]
 
-# %% ../../nbs/library/49_trl_pipeline.ipynb #e61a257f
+# %% ../../nbs/library/49_trl_pipeline.ipynb #605dde9d
 class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
     "Sample, replay and train a Stable Diffusion 1.x or 2.x pipeline."
 
@@ -312,11 +340,11 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         self.sd_pipeline = _load_pipeline(pretrained_model_name, pretrained_model_revision)
         has_lora = _has_lora(pretrained_model_name, pretrained_model_revision)
         if has_lora:
+            place, revision = split_revision(
+                _source(pretrained_model_name, pretrained_model_revision)
+            )
             self.sd_pipeline.load_lora_weights(
-                pretrained_model_name,
-                weight_name=_LORA_FILE,
-                revision=pretrained_model_revision,
-                adapter_name="default",
+                place, weight_name=_LORA_FILE, revision=revision, adapter_name="default"
             )
         self.use_lora = use_lora or has_lora
         self.sd_pipeline.unet.requires_grad_(not self.use_lora)
@@ -497,8 +525,9 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         "Set the timesteps and return x_T, drawn by diffusers or given."
         pipe, device = self.sd_pipeline, self.sd_pipeline._execution_device
         pipe.scheduler.set_timesteps(n_steps, device=device)
-        side = self.unet.config.sample_size * pipe.vae_scale_factor
-        size = (len(c), self.unet.config.in_channels, height or side, width or side)
+        channels, *sides = self.denoiser.shape_of(pipe)
+        rows, columns = (side * pipe.vae_scale_factor for side in sides)
+        size = (len(c), channels, height or rows, width or columns)
         return pipe.prepare_latents(*size, c.cond.dtype, device, generator, latents)
 
     def _chain(self, x_T, c, eta, generator, k=0, recompute=False, callback=None, callback_steps=1):
@@ -550,7 +579,8 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         "Write the whole pipeline; under LoRA its U-Net is the base model's, the adapter beside it."
         if self.use_lora:
             save_lora(self.denoiser, output_dir)
-        self.sd_pipeline.save_pretrained(output_dir)
+        with _in_float32(self.sd_pipeline):
+            self.sd_pipeline.save_pretrained(output_dir)
         if self.use_lora:
             _remove_adapter(Path(output_dir) / "unet")
 

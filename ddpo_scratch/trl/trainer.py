@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_model_card', 'Trainer', 'DDPOTrainer', 'AlignPropTrainer', 'aesthetic_scorer']
 
-# %% ../../nbs/library/50_trl_trainer.ipynb #6d9bb9d9
+# %% ../../nbs/library/50_trl_trainer.ipynb #7989ea5f
 import os
 import warnings
 from collections import defaultdict
@@ -18,6 +18,7 @@ import torch
 
 from ..advantage import PerPromptStatTracker, standardize
 from ..methods.ppo import approx_kl, clip_fraction, importance_ratio
+from ..models.base import unprepared
 
 # %% ../../nbs/library/50_trl_trainer.ipynb #80775cef
 def _number(folder):
@@ -120,7 +121,7 @@ def _trained(pipe):
         )
     return pipe.unet if listed else layers, parameters
 
-# %% ../../nbs/library/50_trl_trainer.ipynb #5eccab4b
+# %% ../../nbs/library/50_trl_trainer.ipynb #519bb4f3
 def _place(pipe, accelerator):
     "Place a pipeline's networks in their precision; return the parameters to train."
     from accelerate.utils import broadcast
@@ -130,10 +131,14 @@ def _place(pipe, accelerator):
     for part in (pipe.vae, pipe.text_encoder):
         part.to(accelerator.device, dtype=half)
     lora = getattr(pipe, "use_lora", False)
+    # A LoRA that is trained further is not rounded on the way.
+    trained = [(p, p.data) for name, p in pipe.unet.named_parameters() if "lora_" in name]
     pipe.unet.to(accelerator.device, dtype=half if lora else torch.float32)
+    for p, data in trained:
+        p.data = data.to(accelerator.device)
     module, parameters = _trained(pipe)
     # evaluation_mode: placed and in mixed precision, not wrapped.
-    accelerator.prepare_model(module, evaluation_mode=True)
+    accelerator.prepare_model(unprepared(module), evaluation_mode=True)
     if accelerator.num_processes > 1:
         for parameter in parameters:
             parameter.data = broadcast(parameter.data)
@@ -221,7 +226,7 @@ def write_model_card(
     ModelCard("\n".join(lines)).save(path)
     return path
 
-# %% ../../nbs/library/50_trl_trainer.ipynb #51f3f873
+# %% ../../nbs/library/50_trl_trainer.ipynb #3ef4272e
 class Trainer:
     "Share what is not a method's own; a trainer adds `step`, `calculate_loss`, `compute_rewards`."
 
@@ -257,7 +262,7 @@ class Trainer:
         self.trainable_layers = _place(sd_pipeline, self.accelerator)
         optimizer = self._setup_optimizer(self.trainable_layers)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.autocast = sd_pipeline.autocast or self.accelerator.autocast
+        self.autocast = sd_pipeline.autocast or self._own_autocast
         self.neg_prompt_embed = self._embed([config.negative_prompts or ""])[1]
         self._set_up()
         self.accelerator.register_save_state_pre_hook(self._save_model_hook)
@@ -285,6 +290,8 @@ class Trainer:
         if config.resume_from:
             config.resume_from = str(_find_checkpoint(config.resume_from))
         self.accelerator = _accelerator(config, self._accumulation_steps())
+        self._steps_together = self.accelerator.gradient_accumulation_steps
+        self._precision = self.accelerator.mixed_precision
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
@@ -330,6 +337,18 @@ class Trainer:
         "Return n prompts and their metadata."
         prompts, metadata = zip(*[_prompt_and_metadata(self.prompt_fn()) for _ in range(n)])
         return prompts, metadata
+
+    def _own_autocast(self):
+        "Return accelerate's autocast in this trainer's precision."
+        # accelerate keeps one precision for the process: that of the trainer made last
+        self.accelerator.state._mixed_precision = self._precision
+        return self.accelerator.autocast()
+
+    def _accumulated(self):
+        "Return accelerate's context of a backward pass, counted by this trainer's own number."
+        # as with the precision
+        self.accelerator.gradient_accumulation_steps = self._steps_together
+        return self.accelerator.accumulate(self.sd_pipeline.unet)
 
     def _optimizer_step(self, loss, where):
         "Go backward; where an update is complete, average over processes, clip, check, step."
@@ -411,7 +430,7 @@ class Trainer:
         self._saved_epoch = state["epoch"]
         self.first_epoch = state["epoch"] + 1
         self.global_step = state["global_step"]
-        if self.stat_tracker:
+        if self.stat_tracker and state["tracker"]:  # none where tracking is new
             self.stat_tracker.load_state_dict(state["tracker"])
 
     def _save_model_hook(self, models, weights, output_dir):
@@ -571,7 +590,7 @@ def _means(gauges):
     "Average lists of scalar tensors."
     return {name: torch.stack(values).mean() for name, values in gauges.items()}
 
-# %% ../../nbs/library/50_trl_trainer.ipynb #758171ed
+# %% ../../nbs/library/50_trl_trainer.ipynb #8df1c4b1
 class DDPOTrainer(Trainer):
     "Train with DDPO-IS (Black et al. 2023, arXiv 2305.13301) through TRL's interface."
 
@@ -732,7 +751,7 @@ class DDPOTrainer(Trainer):
             if self.config.train_cfg:
                 embeds = torch.cat([batch["negative_prompt_embeds"], embeds])
             for j in range(self.num_train_timesteps):
-                with accelerator.accumulate(self.sd_pipeline.unet):
+                with self._accumulated():
                     names = ("latents", "timesteps", "next_latents", "log_probs")
                     transition = [batch[name][:, j] for name in names]
                     scalars = self.calculate_loss(*transition, batch["advantages"], embeds)
@@ -782,7 +801,7 @@ def _differentiable(rewards, n):
         )
     return rewards
 
-# %% ../../nbs/library/50_trl_trainer.ipynb #deecddb2
+# %% ../../nbs/library/50_trl_trainer.ipynb #c9bbdc20
 class AlignPropTrainer(Trainer):
     "Train with AlignProp (Prabhudesai et al. 2023, arXiv 2310.03739) through TRL's interface."
 
@@ -847,8 +866,7 @@ class AlignPropTrainer(Trainer):
         config, accelerator, gauges = self.config, self.accelerator, defaultdict(list)
         self.sd_pipeline.unet.train()
         for _ in range(config.train_gradient_accumulation_steps):
-            together = accelerator.accumulate(self.sd_pipeline.unet)
-            with together, self.autocast(), torch.enable_grad():
+            with self._accumulated(), self.autocast(), torch.enable_grad():
                 pairs = self._generate_samples(batch_size=config.train_batch_size)
                 rewards = self.compute_rewards(pairs)
                 pairs["rewards"] = _differentiable(rewards, config.train_batch_size)
