@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from runs import random_model
 
 import ddpo_scratch.train as room
 from ddpo_scratch.config import TrainConfig
@@ -51,7 +52,8 @@ def replayed(monkeypatch):
 def test_no_second_pass_where_shapes_agree(precision, method, tmp_path, replayed):
     "Sampling 4 at a time and training on 4 at a time is one computation; all ratios are 1."
     fields = dict(sample_batch_size=4, sample_num_batches_per_epoch=2, sample_guidance_scale=2.0)
-    config = dataclasses.replace(SMALL, mixed_precision=precision, method=method, **fields)
+    fields |= dict(model=random_model(), mixed_precision=precision, method=method)
+    config = dataclasses.replace(SMALL, **fields)
     row = last_row(config, tmp_path)
     assert not replayed
     assert row["ratio_first"] <= (1e-5 if precision == "no" else 0)
