@@ -27,6 +27,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
+from ddpo_scratch.prompts import SOURCES
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import cells  # noqa: E402
@@ -578,7 +580,12 @@ def test_search_reads_words_not_markup(built):
 
 @pytest.mark.parametrize(
     "formula, words",
-    [(r"\eta=1", "η=1"), (r"\frac{a}{b}\le\sigma_t", "a/b≤σ_t"), (r"\mathcal N(0,I)", "N(0,I)")],
+    [
+        (r"\eta=1", "η=1"),
+        (r"\frac{a}{b}\le\sigma_t", "a/b≤σ_t"),
+        (r"\mathcal N(0,I)", "N(0,I)"),
+        (r"\begin{aligned}a &= b,\\ c &= d\end{aligned}", "a = b, c = d"),
+    ],
 )
 def test_formulas_as_words(formula, words):
     assert pictures.tex(formula).replace(" ", "") == words.replace(" ", "")
@@ -701,6 +708,33 @@ def test_printed_columns_are_known(printed, is_table):
     raw = f'<div class="cell-output cell-output-stdout">\n<pre><code>{printed}</code></pre>\n</div>'
     found = furnish.tables(raw)
     assert ("columns" in found.partition(">")[0]) == is_table and printed in found
+
+
+def test_short_code_stays_whole():
+    found = furnish.whole(
+        "<td><code>--reward_fn</code> or <code>ddpo_train --reward_fn R</code></td>"
+    )
+    assert '<code class="whole">--reward_fn</code>' in found and "<code>ddpo_train -" in found
+
+
+def test_next_pages_of_one_name_are_told_apart(built):
+    last = (built / "book/horizon.html").read_text(encoding="utf-8")
+    assert '<span class="nav-page-text">Derivation 01 Diffusion</span>' in last
+    first = (built / "derivations/diffusion.html").read_text(encoding="utf-8")
+    assert '<span class="nav-page-text">02 Rollout</span>' in first
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        (["a" * 30, "b" * 30, "c" * 30], f"a list: {'a' * 30}, {'b' * 30}, …"),
+        (7, "an int: 7"),
+        (SOURCES, "Hold things by name"),
+    ],
+    ids=["a long list", "a number", "a registry"],
+)
+def test_the_index_says_what_a_constant_is(value, said):
+    assert entries.contents(value).startswith(said)
 
 
 def test_printed_tables_scroll_on_a_telephone(browser, url):

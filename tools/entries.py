@@ -269,9 +269,18 @@ def constants(source):
 
 
 def contents(value):
-    "Say what is in a constant that has no comment."
-    inside = ", ".join(map(str, value)) if isinstance(value, (dict, list, tuple)) else str(value)
-    return f"a {type(value).__name__}: {inside[:80]}"
+    "Say what is in a constant that has no comment, as far as a line goes."
+    if type(value).__repr__ is object.__repr__:
+        return first_line(type(value))
+    name = type(value).__name__
+    kind = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    if not isinstance(value, (dict, list, tuple)):
+        return f"{kind}: {value}"
+    kept = list(map(str, value))
+    while len(", ".join(kept)) > 80:
+        kept.pop()
+    more = ", …" if len(kept) < len(value) else ""
+    return f"{kind}: {', '.join(kept)}{more}"
 
 
 def described(module):

@@ -110,6 +110,17 @@ def tables(text):
     return re.sub(pattern, output, text, flags=re.S)
 
 
+def whole(text):
+    "Keep short names and options on one line, which a narrow table would break at any letter."
+    return re.sub(r"<code>([^<\s]{1,22})</code>", r'<code class="whole">\1</code>', text)
+
+
+def told_apart(text):
+    "Say of a link to the next page that it leads to a derivation: chapters have the same names."
+    link = r'(href="(?:\.\./)*derivations/[^"]*" class="pagination-link">'
+    return re.sub(link + r'(?:<i[^>]*></i> )?<span class="nav-page-text">)', r"\1Derivation ", text)
+
+
 SEARCH = ('class="smalldocs-search', 'class="site-search')
 # (an attribute that smalldocs writes, what stands in its place): names, and places for a keyboard
 ATTRIBUTES = (
@@ -138,7 +149,7 @@ ATTRIBUTES = (
 
 def furnished(text, up, bar=""):
     "Return a rendered page with what it lacks; `up` leads to the site's root."
-    text = tables(api_headings(text))
+    text = told_apart(whole(tables(api_headings(text))))
     text, narrow = contents(text)
     text = text.replace(*SEARCH)
     for old, new in ATTRIBUTES:

@@ -49,7 +49,8 @@ SIGNS = dict(
 
 def tex(formula):
     "Write a formula as plain text: Greek letters and signs as themselves, no commands."
-    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", formula)
+    text = re.sub(r"\\(begin|end)\{\w*\}|&", " ", formula)  # several lines
+    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
     text = re.sub(r"\\([A-Za-z]+)", lambda m: GREEK.get(m[1], SIGNS.get(m[1], " ")), text)
     return " ".join(re.sub(r"\\.|[{}$]|\\", "", text).split())
 
