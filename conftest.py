@@ -45,12 +45,6 @@ def pytest_unconfigure():
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config):
-    "Start a worker more than there are cores: tests also wait, for processes, disks and a browser."
-    return (os.cpu_count() or 1) + 1
-
-
-@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     "Let one worker run each file, each notebook and each long test as a whole."
     # xdist's own way, the mark xdist_group, has no effect with pytest 9.2
